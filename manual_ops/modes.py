@@ -1,0 +1,58 @@
+"""The settings that choose how an operation runs, per thread: today the backend.
+
+A mode is read once, in the forward, and travels to the backward with the saved tensors, because autograd runs backward
+passes on threads of its own.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+from manual_ops import kernel
+
+Backend = Literal["python", "native"]
+
+
+class _Modes(threading.local):
+    backend: Backend = "native"
+
+
+_modes = _Modes()
+if not kernel.native_library_loaded():
+    _Modes.backend = "python"
+    warnings.warn(f"manual_ops runs on its Python kernels: {kernel.native_library_problem()}")
+
+
+def current_backend() -> Backend:
+    """The backend of this thread: "native" (C++ kernels) or "python" (the readable reference)."""
+    return _modes.backend
+
+
+def set_backend(name: Backend) -> None:
+    """Select the kernels that this thread's operations run on from now on.
+
+    Args:
+        name: "native" for the C++ kernels, "python" for the readable reference.
+
+    Raises:
+        ValueError: for any other name.
+        RuntimeError: for "native" where the native library is not built.
+    """
+    if name not in get_args(Backend):
+        raise ValueError(f"set_backend: name must be one of {get_args(Backend)}, got {name!r}")
+    if name == "native" and not kernel.native_library_loaded():
+        raise RuntimeError(f"set_backend: no native kernels: {kernel.native_library_problem()}")
+    _modes.backend = name
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """`with backend("python"):` runs the operations of the block on the named kernels; see `set_backend`."""
+    before = current_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _modes.backend = before
