@@ -1,0 +1,37 @@
+// The parts that a convolution's operation is put together from. Every pointer is to a dense tensor whose place in
+// memory the plan's layouts give; the scalar types T are double, float, BFloat16 and Half.
+#pragma once
+
+#include "cpu/common.h"
+#include "cpu/convolution/plan.h"
+
+namespace manual_ops {
+
+// destination = gather(source, weight) + bias: forward and input gradient. An element of the weight lies at
+// channel*channel_step + source channel*source_step + the tap's place in `window`; a group's weights begin
+// `group` elements after those of the group before.
+struct WeightLayout {
+  Layout window;
+  int64_t group, channel_step, source_step;
+};
+
+template <class T>
+void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                  T* destination);
+
+// The plan is forward's.
+template <class T>
+void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
+                       T* grad_weight);
+
+// One channel a group on either side, and more groups than one. The source and the destination are both channels_last,
+// or both contiguous.
+bool depthwise_serves(const Gather& plan);
+template <class T>
+void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool channels_last, const T* source,
+                      const T* weight, const T* bias, T* destination);
+template <class T>
+void depthwise_weight_grad(const Gather& plan, const WeightLayout& layout, bool channels_last, const T* input,
+                           const T* grad_output, T* grad_weight);
+
+}  // namespace manual_ops

@@ -1,0 +1,144 @@
+// Convolution by register-blocked tiles, for any shape.
+#include <new>
+#include <utility>
+
+#include "cpu/convolution/convolution.h"
+
+namespace manual_ops {
+
+// Offsets, in elements, of one run of the micro-kernel.
+struct Run {
+  int64_t a, b;
+};
+
+}  // namespace manual_ops
+
+#define MANUAL_OPS_KERNELS "cpu/convolution/dense_kernels.h"
+#include "cpu/each_isa.h"
+
+namespace manual_ops {
+
+namespace {
+
+// Uninitialised memory on a cache line of its own.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<A*>(::operator new (std::max<int64_t>(1, count) * sizeof(A), std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete (data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* data() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+// The weight gradient is summed in at most so many parts, each over blocks of its own, and the parts are added in their
+// order. Each part is as large as the weight: together they may take this many bytes.
+constexpr int64_t kParts = 8, kPartBytes = 16 << 20;
+
+struct Panels {
+  int64_t width, count, step;  // columns of one, panels of a group, elements of one
+
+  template <class A>
+  static Panels of(const Gather& plan, A) {
+    Panels panels;
+    MANUAL_OPS_FOR_ISA(panel_width<A>(plan.channels, panels.width));
+    panels.count = (plan.channels + panels.width - 1) / panels.width;
+    panels.step = plan.taps() * plan.source_channels * panels.width;
+    return panels;
+  }
+};
+
+}  // namespace
+
+template <class T>
+void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                  T* destination) {
+  using A = accumulate_t<T>;
+  const Panels panels = Panels::of(plan, A{});
+  const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
+  const Scratch<A> packed(plan.groups * panels.count * panels.step);
+  parallel_for(plan.groups * panels.count, panels.step, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index)
+      MANUAL_OPS_FOR_ISA(pack_panel(weight + index / panels.count * layout.group, layout.channel_step,
+                                    layout.source_step, offsets.data(), plan.taps(), plan.source_channels,
+                                    plan.channels, index % panels.count, packed.data() + index * panels.step));
+  });
+  std::vector<A> padded_bias;
+  const int64_t padded = panels.count * panels.width;
+  if (bias != nullptr) {
+    padded_bias.resize(plan.groups * padded);
+    for (int64_t channel = 0; channel < plan.groups * plan.channels; ++channel)
+      padded_bias[channel / plan.channels * padded + channel % plan.channels] = static_cast<A>(bias[channel]);
+  }
+
+  const bool direct = std::is_same_v<T, A> && plan.source.channel == 1 && rows_need_no_padding(plan);
+  const Blocking blocking = choose_blocking(plan, direct, padded, sizeof(A));
+  const int64_t work = blocking.rows * blocking.columns * plan.taps() * plan.source_channels * padded / 16;
+  parallel_for(blocking.count * plan.groups, work, [&](int64_t begin, int64_t end) {
+    const Scratch<A> sources(direct ? 0 : copied_values(plan, blocking));
+    const Scratch<A> sums(blocking.rows * blocking.columns * padded);
+    const Scratch<Run> runs(plan.taps());
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t group = index % plan.groups;
+      const Block block = block_at(plan, blocking, index / plan.groups, group);
+      MANUAL_OPS_FOR_ISA(gather_block(plan, blocking, block, direct, source,
+                                      packed.data() + group * panels.count * panels.step,
+                                      bias == nullptr ? nullptr : padded_bias.data() + group * padded, destination,
+                                      sources.data(), sums.data(), runs.data()));
+    }
+  });
+}
+
+template <class T>
+void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
+                       T* grad_weight) {
+  using A = accumulate_t<T>;
+  const Panels panels = Panels::of(plan, A{});
+  const int64_t group_values = panels.count * panels.step, values = plan.groups * group_values;
+  const bool direct = std::is_same_v<T, A> && plan.source.channel == 1 && rows_need_no_padding(plan);
+  const Blocking blocking = choose_blocking(plan, direct, panels.count * panels.width, sizeof(A));
+  const int64_t affordable = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, values * sizeof(A)));
+  const int64_t parts = std::max<int64_t>(1, std::min({blocking.count, kParts, affordable}));
+  // Where the parts alone are too few to share, the panels are split too, each share packing the input again.
+  const int64_t shares = std::min(panels.count, std::max<int64_t>(1, kParts / (parts * plan.groups)));
+
+  std::vector<A> sums(parts * values);
+  const int64_t work = blocking.count * blocking.rows * blocking.columns * panels.step / 16;
+  parallel_for(parts * plan.groups * shares, work / parts / shares, [&](int64_t begin, int64_t end) {
+    const Scratch<A> inputs(direct ? 0 : copied_values(plan, blocking));
+    const Scratch<A> grads(blocking.rows * blocking.columns * panels.count * panels.width);
+    const Scratch<Run> runs(blocking.rows);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t share = index % shares, group = index / shares % plan.groups, part = index / shares / plan.groups;
+      for (int64_t block = blocking.count * part / parts; block < blocking.count * (part + 1) / parts; ++block)
+        MANUAL_OPS_FOR_ISA(weight_grad_block(
+            plan, blocking, block_at(plan, blocking, block, group), direct, input, grad_output,
+            panels.count * share / shares, panels.count * (share + 1) / shares,
+            sums.data() + part * values + group * group_values, inputs.data(), grads.data(), runs.data()));
+    }
+  });
+
+  const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
+  parallel_for(plan.groups * panels.count, parts * panels.step, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index)
+      MANUAL_OPS_FOR_ISA(unpack_panel(sums.data() + index * panels.step, values, parts, layout.channel_step,
+                                      layout.source_step, offsets.data(), plan.taps(), plan.source_channels,
+                                      plan.channels, index % panels.count,
+                                      grad_weight + index / panels.count * layout.group));
+  });
+}
+
+#define INSTANTIATE(T)                                                                                 \
+  template void dense_gather<T>(const Gather&, const WeightLayout&, const T*, const T*, const T*, T*); \
+  template void dense_weight_grad<T>(const Gather&, const WeightLayout&, const T*, const T*, T*);
+INSTANTIATE(double)
+INSTANTIATE(float)
+INSTANTIATE(BFloat16)
+INSTANTIATE(Half)
+#undef INSTANTIATE
+
+}  // namespace manual_ops
