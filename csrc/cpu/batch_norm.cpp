@@ -1,0 +1,439 @@
+// Batch norm, alone and fused with the residual and the ReLU behind it. The formulas are in ops/batch_norm.py.
+#include <cmath>
+
+#define MANUAL_OPS_KERNELS "cpu/batch_norm_kernels.h"
+#include "cpu/each_isa.h"
+
+namespace manual_ops {
+
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+// Rows (channels innermost) are cut into blocks of this many; each is summed on its own, and the blocks' sums are added
+// in their order, so that the split over threads does not show in the bits. A multiple of 8: rows that share mask
+// bytes.
+constexpr int64_t kRowsPerBlock = 128;
+
+// How the values of a tensor lie: planes of one channel, or rows of all channels.
+struct Layout {
+  int64_t batch, channels, pixels, rows, pitch, blocks;
+  bool channels_last, is_rows;
+
+  explicit Layout(const Tensor& input) {
+    STD_TORCH_CHECK(input.dim() >= 2, "batch_norm: the input has fewer than 2 dimensions");
+    batch = input.size(0), channels = input.size(1), pixels = 1;
+    for (int64_t dim = 2; dim < input.dim(); ++dim) pixels *= input.size(dim);
+    channels_last = is_channels_last(input);
+    is_rows = channels_last || input.dim() == 2;
+    rows = batch * pixels, pitch = channels * pixels, blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  }
+
+  // Of an empty channel the statistics are those of one zero, not NaN.
+  double count() const { return static_cast<double>(std::max<int64_t>(1, rows)); }
+
+  Sizes mask_sizes() const {
+    return is_rows ? Sizes{(rows + 7) / 8, channels} : Sizes{batch, channels, (pixels + 7) / 8};
+  }
+
+  Tensor arranged(const Tensor& tensor) const { return as_contiguous(tensor, channels_last); }
+
+  // body(offset of the plane, channel, index of the plane) over all planes.
+  template <class Body>
+  void for_planes(const Body& body) const {
+    parallel_for(batch * channels, pixels, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) body(plane * pixels, plane % channels, plane);
+    });
+  }
+
+  // body(channel) over all channels; a channel's planes fit in the second-level cache at the sizes that are common.
+  template <class Body>
+  void for_channels(const Body& body) const {
+    parallel_for(channels, rows, [&](int64_t begin, int64_t end) {
+      for (int64_t channel = begin; channel < end; ++channel) body(channel);
+    });
+  }
+
+  // body(offset of the first row, number of rows, index of the block) over all blocks of `height` rows.
+  template <class Body>
+  void for_blocks(int64_t height, const Body& body) const {
+    const int64_t count = (rows + height - 1) / height;
+    parallel_for(count, height * channels, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        body(block * height * channels, std::min(height, rows - block * height), block);
+    });
+  }
+};
+
+void check_same_shape(const Tensor& tensor, const Tensor& input, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type(), "batch_norm: ", name,
+                  " has another rank or dtype than the input");
+  for (int64_t dim = 0; dim < input.dim(); ++dim)
+    STD_TORCH_CHECK(tensor.size(dim) == input.size(dim), "batch_norm: ", name, " has another shape than the input");
+}
+
+// A tensor of one number a channel as numbers, `otherwise` where there is none.
+std::vector<double> numbers(const MaybeTensor& tensor, int64_t channels, double otherwise) {
+  std::vector<double> values(channels, otherwise);
+  if (!tensor) return values;
+  STD_TORCH_CHECK(tensor->numel() == channels, "batch_norm: expected one value for each of ", channels,
+                  " channels, got ", tensor->numel());
+  const Tensor dense = as_contiguous(*tensor);
+  for_floating_dtype(dense.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    for (int64_t c = 0; c < channels; ++c)
+      values[c] = static_cast<double>(static_cast<accumulate_t<T>>(data<T>(dense)[c]));
+  });
+  return values;
+}
+
+// What the channels are multiplied with and shifted by: y = (x - mean) * scale + bias.
+template <class A>
+struct Affine {
+  std::vector<double> weight, rstd;
+  std::vector<A> mean, scale, bias;
+  double eps;
+
+  Affine(int64_t channels, const MaybeTensor& weight_tensor, const MaybeTensor& bias_tensor, double eps_)
+      : weight(numbers(weight_tensor, channels, 1)),
+        rstd(channels, 1),
+        mean(channels),
+        scale(channels),
+        bias(channels),
+        eps(eps_) {
+    const std::vector<double> shift = numbers(bias_tensor, channels, 0);
+    for (int64_t c = 0; c < channels; ++c) {
+      bias[c] = static_cast<A>(shift[c]);
+      scale[c] = static_cast<A>(weight[c]);
+    }
+  }
+
+  // The statistics arrive rounded to A, as they are saved: the backward finds the forward's scale again, to the bit.
+  void set_statistics(int64_t channel, A channel_mean, A channel_var) {
+    rstd[channel] = 1 / std::sqrt(static_cast<double>(channel_var) + eps);
+    mean[channel] = channel_mean;
+    scale[channel] = static_cast<A>(weight[channel] * rstd[channel]);
+  }
+
+  void set_statistics(const MaybeTensor& mean_tensor, const MaybeTensor& var_tensor) {
+    if (!mean_tensor) return;
+    const int64_t channels = static_cast<int64_t>(mean.size());
+    const std::vector<double> means = numbers(mean_tensor, channels, 0), vars = numbers(var_tensor, channels, 0);
+    for (int64_t c = 0; c < channels; ++c) set_statistics(c, static_cast<A>(means[c]), static_cast<A>(vars[c]));
+  }
+};
+
+// The sums over all rows of two numbers a channel: body(block's first value, rows, its two rows of partial sums).
+template <class A, class Body>
+std::vector<double> sums_of_blocks(const Layout& layout, const Body& body) {
+  const int64_t width = 2 * layout.channels;
+  std::vector<A> partial(layout.blocks * width);
+  layout.for_blocks(kRowsPerBlock, [&](int64_t offset, int64_t rows, int64_t block) {
+    body(offset, rows, partial.data() + block * width, partial.data() + block * width + layout.channels);
+  });
+  std::vector<double> totals(width);
+  for (int64_t block = 0; block < layout.blocks; ++block)
+    for (int64_t i = 0; i < width; ++i) totals[i] += partial[block * width + i];
+  return totals;
+}
+
+template <class T>
+void statistics_of_rows(const Layout& layout, const T* input, accumulate_t<T>* mean, accumulate_t<T>* var) {
+  using A = accumulate_t<T>;
+  const int64_t channels = layout.channels, few = std::min<int64_t>(16, layout.rows);
+  // The mean of a few rows from all over is near enough to the channels'; an infinity belongs into the sums.
+  std::vector<A> about(channels);
+  for (int64_t k = 0; k < few; ++k) {
+    const T* row = input + (k * (layout.rows / few) + k * (layout.rows % few) / few) * channels;
+    for (int64_t c = 0; c < channels; ++c) about[c] += static_cast<A>(row[c]) / static_cast<A>(few);
+  }
+  for (A& value : about)
+    if (!std::isfinite(value)) value = 0;
+  const std::vector<double> sums = sums_of_blocks<A>(layout, [&](int64_t offset, int64_t rows, A* sum, A* square) {
+    MANUAL_OPS_FOR_ISA(statistics_rows(input + offset, rows, channels, about.data(), sum, square));
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    const double shift = sums[c] / layout.count();
+    const double variance = sums[channels + c] / layout.count() - shift * shift;
+    mean[c] = static_cast<A>(about[c] + shift);
+    var[c] = static_cast<A>(variance < 0 ? 0 : variance);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& input_any, const MaybeTensor& residual_any,
+                                                              const MaybeTensor& mean, const MaybeTensor& var,
+                                                              const MaybeTensor& weight, const MaybeTensor& bias,
+                                                              double eps, bool relu) {
+  const Layout layout(input_any);
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), "batch_norm: mean and var go together");
+  const bool has_residual = residual_any.has_value();
+  if (has_residual) check_same_shape(*residual_any, input_any, "the residual");
+  const Tensor input = layout.arranged(input_any);
+  const Tensor residual = has_residual ? layout.arranged(*residual_any) : input;
+  const ScalarType accumulated = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor output = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
+  const Tensor used_mean = new_tensor({layout.channels}, accumulated, input);
+  const Tensor used_var = new_tensor({layout.channels}, accumulated, input);
+  const Tensor mask = new_tensor(has_residual && relu ? layout.mask_sizes() : Sizes{0}, ScalarType::Byte, input);
+  const int64_t channels = layout.channels, pixels = layout.pixels;
+
+  for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    using A = accumulate_t<T>;
+    Affine<A> affine(channels, weight, bias, eps);
+    affine.set_statistics(mean, var);
+    const T *x = data<T>(input), *r = has_residual ? data<T>(residual) : nullptr;
+    T* y = mutable_data<T>(output);
+    A *means = mutable_data<A>(used_mean), *vars = mutable_data<A>(used_var);
+    uint8_t* bits = has_residual && relu ? mutable_data<uint8_t>(mask) : nullptr;
+    if (mean) {
+      const std::vector<double> given = numbers(var, channels, 0);
+      for (int64_t c = 0; c < channels; ++c) means[c] = affine.mean[c], vars[c] = static_cast<A>(given[c]);
+    }
+    const auto plane = [&](int64_t offset, int64_t c, int64_t index) {
+      MANUAL_OPS_FOR_ISA(apply_plane(x + offset, r == nullptr ? nullptr : r + offset, y + offset,
+                                     bits == nullptr ? nullptr : bits + index * ((pixels + 7) / 8), pixels,
+                                     affine.mean[c], affine.scale[c], affine.bias[c], relu));
+    };
+    if (!layout.is_rows && mean) {
+      layout.for_planes(plane);
+    } else if (!layout.is_rows) {
+      layout.for_channels([&](int64_t c) {
+        MANUAL_OPS_FOR_ISA(statistics_planes(x + c * pixels, layout.batch, layout.pitch, pixels, means + c, vars + c));
+        affine.set_statistics(c, means[c], vars[c]);
+        for (int64_t n = 0; n < layout.batch; ++n) plane(n * layout.pitch + c * pixels, c, n * channels + c);
+      });
+    } else {
+      if (!mean) {
+        statistics_of_rows(layout, x, means, vars);
+        for (int64_t c = 0; c < channels; ++c) affine.set_statistics(c, means[c], vars[c]);
+      }
+      layout.for_blocks(bits == nullptr ? kRowsPerBlock : 8, [&](int64_t offset, int64_t rows, int64_t block) {
+        MANUAL_OPS_FOR_ISA(apply_rows(x + offset, r == nullptr ? nullptr : r + offset, y + offset,
+                                      bits == nullptr ? nullptr : bits + block * channels, rows, channels,
+                                      affine.mean.data(), affine.scale.data(), affine.bias.data(), relu));
+      });
+    }
+  });
+  return {output, used_mean, used_var, mask};
+}
+
+Tensor batch_norm_relu_mask(const Tensor& input_any, const Tensor& mean, const Tensor& var, const MaybeTensor& weight,
+                            const MaybeTensor& bias, double eps) {
+  const Layout layout(input_any);
+  const Tensor input = layout.arranged(input_any);
+  const Tensor mask = new_tensor(layout.mask_sizes(), ScalarType::Byte, input);
+  const int64_t channels = layout.channels, pixels = layout.pixels;
+  for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    Affine<accumulate_t<T>> affine(channels, weight, bias, eps);
+    affine.set_statistics(mean, var);
+    const T* x = data<T>(input);
+    uint8_t* bits = mutable_data<uint8_t>(mask);
+    if (layout.is_rows) {
+      layout.for_blocks(8, [&](int64_t offset, int64_t rows, int64_t block) {
+        MANUAL_OPS_FOR_ISA(mask_rows(x + offset, bits + block * channels, rows, channels, affine.mean.data(),
+                                     affine.scale.data(), affine.bias.data()));
+      });
+    } else {
+      layout.for_planes([&](int64_t offset, int64_t c, int64_t index) {
+        MANUAL_OPS_FOR_ISA(mask_plane(x + offset, bits + index * ((pixels + 7) / 8), pixels, affine.mean[c],
+                                      affine.scale[c], affine.bias[c]));
+      });
+    }
+  });
+  return mask;
+}
+
+// The mask's own shape says how the input lay that it was made of.
+Tensor batch_norm_masked_grad(const Tensor& grad_any, const Tensor& mask_any) {
+  const bool channels_last = mask_any.dim() == 2 && grad_any.dim() > 2;
+  const Tensor grad_output = channels_last ? torch::stable::contiguous(grad_any, channels_last_format(grad_any.dim()))
+                                           : as_contiguous(grad_any);
+  const Tensor mask = as_contiguous(mask_any);
+  const Tensor output = new_tensor(sizes_of(grad_output), grad_output.scalar_type(), grad_output, channels_last);
+  Layout layout(grad_output);
+  layout.is_rows = mask.dim() == 2;
+  const Sizes expected = layout.mask_sizes();
+  STD_TORCH_CHECK(sizes_of(mask) == expected, "batch_norm: the mask is of another shape than the gradient");
+  for_floating_dtype(grad_output.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    const T* g = data<T>(grad_output);
+    const uint8_t* bits = data<uint8_t>(mask);
+    T* out = mutable_data<T>(output);
+    if (layout.is_rows) {
+      layout.for_blocks(8, [&](int64_t offset, int64_t rows, int64_t block) {
+        MANUAL_OPS_FOR_ISA(
+            masked_rows(g + offset, bits + block * layout.channels, out + offset, rows, layout.channels));
+      });
+    } else {
+      layout.for_planes([&](int64_t offset, int64_t, int64_t index) {
+        MANUAL_OPS_FOR_ISA(
+            masked_plane(g + offset, bits + index * ((layout.pixels + 7) / 8), out + offset, layout.pixels));
+      });
+    }
+  });
+  return output;
+}
+
+// sum g and sum g * xhat of every channel, (2, C), g gated first with kRelu.
+template <bool kRelu, class T>
+std::vector<double> sums_of_rows(const Layout& layout, const T* g, const T* x, const Affine<accumulate_t<T>>& affine) {
+  using A = accumulate_t<T>;
+  std::vector<double> sums = sums_of_blocks<A>(layout, [&](int64_t offset, int64_t rows, A* sum, A* dot) {
+    MANUAL_OPS_FOR_ISA(sums_rows<kRelu>(g + offset, x + offset, rows, layout.channels, affine.mean.data(),
+                                        affine.scale.data(), affine.bias.data(), sum, dot));
+  });
+  for (int64_t c = 0; c < layout.channels; ++c) sums[layout.channels + c] *= affine.rstd[c];
+  return sums;
+}
+
+template <bool kRelu, class T>
+void sums_of_channel(const Layout& layout, const T* g, const T* x, const Affine<accumulate_t<T>>& affine, int64_t c,
+                     double* sum, double* dot) {
+  const int64_t offset = c * layout.pixels;
+  MANUAL_OPS_FOR_ISA(sums_planes<kRelu>(g + offset, x + offset, layout.batch, layout.pitch, layout.pixels,
+                                        affine.mean[c], affine.scale[c], affine.bias[c], sum, dot));
+  *dot *= affine.rstd[c];
+}
+
+Tensor batch_norm_sums(const Tensor& grad_any, const Tensor& input_any, const MaybeTensor& mean, const MaybeTensor& var,
+                       double eps) {
+  check_same_shape(grad_any, input_any, "the gradient");
+  const Layout layout(input_any);
+  const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
+  const ScalarType accumulated = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t channels = layout.channels;
+  const Tensor sums = new_tensor({2, channels}, accumulated, input);
+  for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    using A = accumulate_t<T>;
+    Affine<A> affine(channels, std::nullopt, std::nullopt, eps);
+    affine.set_statistics(mean, var);
+    const T *g = data<T>(grad_output), *x = data<T>(input);
+    A* out = mutable_data<A>(sums);
+    if (layout.is_rows) {
+      const std::vector<double> totals = sums_of_rows<false>(layout, g, x, affine);
+      for (int64_t i = 0; i < 2 * channels; ++i) out[i] = static_cast<A>(totals[i]);
+    } else {
+      layout.for_channels([&](int64_t c) {
+        double sum, dot;
+        sums_of_channel<false>(layout, g, x, affine, c, &sum, &dot);
+        out[c] = static_cast<A>(sum), out[channels + c] = static_cast<A>(dot);
+      });
+    }
+  });
+  return sums;
+}
+
+template <bool kRelu, class T>
+void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accumulate_t<T>* sums,
+              const Affine<accumulate_t<T>>& affine) {
+  using A = accumulate_t<T>;
+  const int64_t channels = layout.channels, pixels = layout.pixels;
+  std::vector<A> by_input(channels), constant(channels);
+  // weight * rstd * (g - <g> - xhat * <g xhat>), sorted by what it multiplies.
+  const auto finish = [&](int64_t c, double sum, double dot) {
+    sums[c] = static_cast<A>(sum), sums[channels + c] = static_cast<A>(dot);
+    const double scale = affine.weight[c] * affine.rstd[c];
+    by_input[c] = static_cast<A>(-scale * affine.rstd[c] * dot / layout.count());
+    constant[c] = static_cast<A>(-scale * sum / layout.count());
+  };
+  if (layout.is_rows) {
+    const std::vector<double> totals = sums_of_rows<kRelu>(layout, g, x, affine);
+    for (int64_t c = 0; c < channels; ++c) finish(c, totals[c], totals[channels + c]);
+    layout.for_blocks(kRowsPerBlock, [&](int64_t offset, int64_t rows, int64_t) {
+      MANUAL_OPS_FOR_ISA(input_grad_rows<kRelu>(g + offset, x + offset, grad_input + offset, rows, channels,
+                                                affine.mean.data(), affine.scale.data(), affine.bias.data(),
+                                                affine.scale.data(), by_input.data(), constant.data()));
+    });
+    return;
+  }
+  layout.for_channels([&](int64_t c) {
+    double sum, dot;
+    sums_of_channel<kRelu>(layout, g, x, affine, c, &sum, &dot);
+    finish(c, sum, dot);
+    for (int64_t n = 0; n < layout.batch; ++n) {
+      const int64_t offset = n * layout.pitch + c * pixels;
+      MANUAL_OPS_FOR_ISA(input_grad_plane<kRelu>(g + offset, x + offset, grad_input + offset, pixels, affine.mean[c],
+                                                 affine.scale[c], affine.bias[c], affine.scale[c], by_input[c],
+                                                 constant[c]));
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_any, const Tensor& input_any, const Tensor& mean,
+                                               const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
+                                               double eps, bool relu) {
+  check_same_shape(grad_any, input_any, "the gradient");
+  const Layout layout(input_any);
+  const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
+  const ScalarType accumulated = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor grad_input = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
+  const Tensor sums = new_tensor({2, layout.channels}, accumulated, input);
+  for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    using A = accumulate_t<T>;
+    Affine<A> affine(layout.channels, weight, bias, eps);
+    affine.set_statistics(mean, var);
+    const auto run = relu ? backward<true, T> : backward<false, T>;
+    run(layout, data<T>(grad_output), data<T>(input), mutable_data<T>(grad_input), mutable_data<A>(sums), affine);
+  });
+  return {grad_input, sums};
+}
+
+Tensor channel_scale(const Tensor& input_any, const Tensor& scale) {
+  const Layout layout(input_any);
+  const Tensor input = layout.arranged(input_any);
+  const Tensor output = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
+  for_floating_dtype(input.scalar_type(), "channel_scale", [&](auto scalar) {
+    using T = decltype(scalar);
+    const Affine<accumulate_t<T>> affine(layout.channels, scale, std::nullopt, 0);
+    const T* x = data<T>(input);
+    T* y = mutable_data<T>(output);
+    if (layout.is_rows) {
+      layout.for_blocks(kRowsPerBlock, [&](int64_t offset, int64_t rows, int64_t) {
+        MANUAL_OPS_FOR_ISA(scale_rows(x + offset, y + offset, rows, layout.channels, affine.scale.data()));
+      });
+    } else {
+      layout.for_planes([&](int64_t offset, int64_t c, int64_t) {
+        MANUAL_OPS_FOR_ISA(scale_plane(x + offset, y + offset, layout.pixels, affine.scale[c]));
+      });
+    }
+  });
+  return output;
+}
+
+void batch_norm_update(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, int64_t count,
+                       double momentum) {
+  const auto move = [&](Tensor& running, const Tensor& batch_any, double factor) {
+    STD_TORCH_CHECK(running.numel() == batch_any.numel(), "batch_norm: the running statistics have another size");
+    const std::vector<double> batch = numbers(batch_any, batch_any.numel(), 0);
+    const Tensor dense = as_contiguous(running);
+    for_floating_dtype(dense.scalar_type(), "batch_norm", [&](auto scalar) {
+      using T = decltype(scalar);
+      T* values = mutable_data<T>(dense);
+      for (size_t c = 0; c < batch.size(); ++c) {
+        const double old = static_cast<double>(static_cast<accumulate_t<T>>(values[c]));
+        values[c] = static_cast<T>(static_cast<accumulate_t<T>>((1 - momentum) * old + momentum * factor * batch[c]));
+      }
+    });
+    if (!running.is_contiguous()) torch::stable::copy_(running, dense);
+  };
+  move(running_mean, mean, 1);
+  move(running_var, var, static_cast<double>(count) / static_cast<double>(count - 1));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(manual_ops, CPU, m) {
+  m.impl("batch_norm_forward", TORCH_BOX(&batch_norm_forward));
+  m.impl("batch_norm_relu_mask", TORCH_BOX(&batch_norm_relu_mask));
+  m.impl("batch_norm_masked_grad", TORCH_BOX(&batch_norm_masked_grad));
+  m.impl("batch_norm_sums", TORCH_BOX(&batch_norm_sums));
+  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+  m.impl("channel_scale", TORCH_BOX(&channel_scale));
+  m.impl("batch_norm_update", TORCH_BOX(&batch_norm_update));
+}
+
+}  // namespace manual_ops
