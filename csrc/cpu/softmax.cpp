@@ -1,0 +1,95 @@
+// Softmax and log-softmax along one dimension, and their input gradients.
+#define MANUAL_OPS_KERNELS "cpu/softmax_kernels.h"
+#include "cpu/each_isa.h"
+
+namespace manual_ops {
+
+namespace {
+
+// A contiguous tensor as (outer, classes, inner): slices are rows where inner is 1, else neighbours in blocks.
+struct Slices {
+  int64_t outer = 1, classes, inner = 1;
+  int64_t blocks() const { return (inner + plain::kBlock - 1) / plain::kBlock; }
+
+  Slices(const Tensor& tensor, int64_t dim) {
+    STD_TORCH_CHECK(0 <= dim && dim < tensor.dim(), "softmax: dim ", dim, " of ", tensor.dim(), " dimensions");
+    classes = tensor.size(dim);
+    for (int64_t other = 0; other < tensor.dim(); ++other)
+      if (other != dim) (other < dim ? outer : inner) *= tensor.size(other);
+  }
+
+  // rows(first, count) on ranges of rows, or block(offset, count) on blocks of slices.
+  template <class Rows, class Block>
+  void for_each(const Rows& rows, const Block& block) const {
+    const int64_t work = 16 * classes;  // an exponential is about 16 operations
+    if (outer * inner * classes == 0) return;
+    if (inner == 1) {
+      parallel_for(outer, work, [&](int64_t begin, int64_t end) { rows(begin, end - begin); });
+      return;
+    }
+    parallel_for(outer * blocks(), work * std::min<int64_t>(inner, plain::kBlock), [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t first = index % blocks() * plain::kBlock;
+        block(index / blocks() * classes * inner + first,
+              static_cast<int>(std::min<int64_t>(plain::kBlock, inner - first)));
+      }
+    });
+  }
+};
+
+template <bool kLog>
+Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
+  const Tensor input = as_contiguous(input_any);
+  const Tensor output = new_tensor(sizes_of(input), input.scalar_type(), input);
+  const Slices slices(input, dim);
+  for_floating_dtype(input.scalar_type(), "softmax", [&](auto scalar) {
+    using T = decltype(scalar);
+    const T* x = data<T>(input);
+    T* y = mutable_data<T>(output);
+    slices.for_each(
+        [&](int64_t first, int64_t count) {
+          const int64_t at = first * slices.classes;
+          std::vector<accumulate_t<T>> scratch(kLog ? 0 : slices.classes);
+          MANUAL_OPS_FOR_ISA(softmax_rows<kLog>(x + at, y + at, count, slices.classes, scratch.data()));
+        },
+        [&](int64_t at, int count) {
+          MANUAL_OPS_FOR_ISA(softmax_block<kLog>(x + at, y + at, slices.classes, slices.inner, count));
+        });
+  });
+  return output;
+}
+
+template <bool kLog>
+Tensor softmax_input_grad(const Tensor& grad_output_any, const Tensor& output_any, int64_t dim) {
+  const Tensor grad_output = as_contiguous(grad_output_any), output = as_contiguous(output_any);
+  STD_TORCH_CHECK(sizes_of(grad_output) == sizes_of(output) && grad_output.scalar_type() == output.scalar_type(),
+                  "softmax: grad_output and output must have one shape and dtype");
+  const Tensor grad_input = new_tensor(sizes_of(output), output.scalar_type(), output);
+  const Slices slices(output, dim);
+  for_floating_dtype(output.scalar_type(), "softmax", [&](auto scalar) {
+    using T = decltype(scalar);
+    const T *g = data<T>(grad_output), *y = data<T>(output);
+    T* x = mutable_data<T>(grad_input);
+    slices.for_each(
+        [&](int64_t first, int64_t count) {
+          const int64_t at = first * slices.classes;
+          MANUAL_OPS_FOR_ISA(softmax_input_grad_rows<kLog>(g + at, y + at, x + at, count, slices.classes));
+        },
+        [&](int64_t at, int count) {
+          MANUAL_OPS_FOR_ISA(
+              softmax_input_grad_block<kLog>(g + at, y + at, x + at, slices.classes, slices.inner, count));
+        });
+  });
+  return grad_input;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(manual_ops, CPU, m) {
+  m.impl("softmax_forward", TORCH_BOX(&softmax_forward<false>));
+  m.impl("softmax_input_grad", TORCH_BOX(&softmax_input_grad<false>));
+  m.impl("log_softmax_forward", TORCH_BOX(&softmax_forward<true>));
+  m.impl("log_softmax_input_grad", TORCH_BOX(&softmax_input_grad<true>));
+}
+
+}  // namespace manual_ops
