@@ -1,0 +1,8 @@
+// The names of the activations, which the kernels of every instruction set share.
+#pragma once
+
+namespace manual_ops {
+
+enum class Activation { relu, relu6, leaky_relu, sigmoid, tanh, silu, gelu, gelu_tanh };
+
+}  // namespace manual_ops
