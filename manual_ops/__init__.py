@@ -1,0 +1,19 @@
+"""CNN layers for PyTorch whose backward passes are derived by hand."""
+
+from manual_ops import functional, nn
+from manual_ops.convert import ConvertedLayers, convert, converted_layers, intercept
+from manual_ops.modes import backend, current_backend, set_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvertedLayers",
+    "backend",
+    "convert",
+    "converted_layers",
+    "current_backend",
+    "functional",
+    "intercept",
+    "nn",
+    "set_backend",
+]
