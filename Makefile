@@ -1,0 +1,65 @@
+# make setup    an environment in .venv, with everything that the other targets need
+# make demo     verify, train, compare; writes report/index.html
+# make test     the tests, but for the slow ones; `make test-all` runs those too
+# make lint     ruff, clang-format, mypy
+# make bench    the full benchmarks; writes benchmarks/results/
+# make clean    what a build leaves behind
+#
+# PYTHON names the interpreter that .venv is made with. One that has torch already is used as it is: manual_ops is
+# installed into its own environment, and its torch stays.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+ifneq ($(filter command line environment,$(origin PYTHON)),)
+HAS_TORCH := $(shell $(PYTHON) -c 'import importlib.util as u; print(u.find_spec("torch") and "yes" or "")')
+endif
+
+ifeq ($(HAS_TORCH),yes)
+RUN := $(PYTHON)
+READY := build/ready$(subst /,-,$(PYTHON))
+else
+VENV := .venv/bin/python
+RUN := $(VENV)
+READY := build/ready
+endif
+
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.DELETE_ON_ERROR:
+.PHONY: setup demo test test-all lint bench clean
+
+setup: $(READY)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install "$(TORCH)"
+
+# The build runs in this environment: against the torch that will load the library.
+$(READY): $(SOURCES) | $(VENV)
+	$(RUN) -m pip install "setuptools>=77.0.3,<82" wheel ninja
+	$(RUN) -m pip install -e ".[tools,dev]" --no-build-isolation
+	@mkdir -p build
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m manual_ops demo
+
+test: $(READY)
+	$(RUN) -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(shell find csrc -type f)
+	$(RUN) -m mypy
+
+bench: $(READY)
+	$(RUN) benchmarks/run.py
+
+clean:
+	rm -rf build dist report *.egg-info manual_ops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
