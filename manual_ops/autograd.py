@@ -70,6 +70,11 @@ class ManualFunction(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
+def transforms_active() -> bool:
+    """Whether a transform of torch.func or a level of forward mode is open."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
     """The arguments, with a view for a tensor's second occurrence: torch.compile refuses a Function the same twice."""
     distinct: list[Any] = []

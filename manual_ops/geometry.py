@@ -89,6 +89,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype that its sums are formed in."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
 def channels_last_format(tensor: torch.Tensor) -> torch.memory_format:
     """The memory format that an output has whose input is `tensor`: channels_last if that is its suggestion."""
     if tensor.dim() == 4 and _is_channels_last(tensor, torch.channels_last):

@@ -46,11 +46,6 @@ class Operation:
     modules: tuple[str, ...]
     make_samples: Callable[["_Draw"], list[Sample]]
 
-    @property
-    def module(self) -> str | None:
-        """The first of `modules`."""
-        return self.modules[0] if self.modules else None
-
     def samples(self) -> list[Sample]:
         """Small calls that cover the operation's options; the same ones every time."""
         return self.make_samples(_Draw())

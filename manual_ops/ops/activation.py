@@ -33,10 +33,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from manual_ops import geometry, modes
-from manual_ops.autograd import ManualFunction, sum_of_terms
+from manual_ops.autograd import ManualFunction, sum_of_terms, transforms_active
 from manual_ops.kernel import Kernel, kernel
 
 
@@ -169,14 +168,10 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=layout)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(geometry.accumulation_dtype(tensor.dtype))
-
-
 def _forward_kernel(name: str, options: str) -> Kernel:
     @kernel(f"{name}(Tensor input{options}) -> Tensor", meta=lambda input, *options: _empty(input))
     def forward(input: Tensor, *options: Any) -> Tensor:
-        return _empty(input).copy_(ACTIVATIONS[name].value(_widened(input), *options))
+        return _empty(input).copy_(ACTIVATIONS[name].value(geometry.widened(input), *options))
 
     @forward.batch_rule
     def _(op: Any, batch_size: int, in_dims: Any, input: Tensor, *options: Any) -> tuple[Tensor, int]:
@@ -188,7 +183,7 @@ def _forward_kernel(name: str, options: str) -> Kernel:
 def _in_place_kernel(name: str, options: str) -> Kernel:
     @kernel(f"{name}_(Tensor(a!) input{options}) -> ()", meta=lambda input, *options: None)
     def in_place(input: Tensor, *options: Any) -> None:
-        input.copy_(ACTIVATIONS[name].value(_widened(input), *options))
+        input.copy_(ACTIVATIONS[name].value(geometry.widened(input), *options))
 
     return in_place
 
@@ -199,7 +194,9 @@ def _backward_kernel(name: str, options: str) -> Kernel:
         meta=lambda grad_output, saved, *options: _empty(saved),
     )
     def backward(grad_output: Tensor, saved: Tensor, *options: Any) -> Tensor:
-        return _empty(saved).copy_(ACTIVATIONS[name].backward(_widened(grad_output), _widened(saved), *options))
+        return _empty(saved).copy_(
+            ACTIVATIONS[name].backward(geometry.widened(grad_output), geometry.widened(saved), *options)
+        )
 
     @backward.batch_rule
     def _(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
@@ -291,7 +288,9 @@ def _bent(factor: Tensor, grad_output: Tensor, saved: Tensor, name: str, backend
     """factor * grad_output * (the derivative of f' by what is saved)."""
     curvature = ACTIVATIONS[name].curvature
     assert curvature is not None
-    return (_widened(factor) * _widened(grad_output) * curvature(_widened(saved), backend)).to(saved.dtype)
+    return (geometry.widened(factor) * geometry.widened(grad_output) * curvature(geometry.widened(saved), backend)).to(
+        saved.dtype
+    )
 
 
 class ActivateInPlace(ManualFunction):
@@ -331,8 +330,7 @@ def _activation(op: str, name: str, input: Tensor, slope: float | None = None, i
         geometry.check_floating(op, "input", input)
     if not inplace:
         return Activate.call(input, name, slope, backend)
-    compiling = torch.compiler.is_compiling()
-    if not (compiling or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()):
+    if not (torch.compiler.is_compiling() or transforms_active()):
         _check_writable(op, input)
         records = torch.is_grad_enabled() and input.requires_grad
         if not records or ACTIVATIONS[name].saves_output:

@@ -61,10 +61,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from manual_ops import autocast, geometry, modes
-from manual_ops.autograd import ManualFunction, sum_of_terms
+from manual_ops.autograd import ManualFunction, sum_of_terms, transforms_active
 from manual_ops.geometry import accumulation_dtype
 from manual_ops.kernel import kernel
 from manual_ops.ops.channel_sum import ChannelSum, per_channel
@@ -584,7 +583,7 @@ class BatchNormRelu(ManualFunction):
 
 def _differentiating() -> bool:
     """Whether what a backward computes may be differentiated in its turn."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return torch.is_grad_enabled() or transforms_active()
 
 
 def _dtypes(weight: Tensor | None, bias: Tensor | None) -> tuple[Any, Any]:

@@ -84,10 +84,6 @@ def _spread(grad_output: Tensor, stride: Any) -> Tensor:
     return grad_output
 
 
-def _accumulated(*operands: Tensor) -> list[Tensor]:
-    return [operand.to(geometry.accumulation_dtype(operand.dtype)) for operand in operands]
-
-
 def _conv_forward_meta(input, weight, bias, output_size, stride, padding, dilation, groups):
     return _empty([input.shape[0], weight.shape[0], *output_size], input, weight)
 
@@ -100,7 +96,7 @@ def _conv_forward_meta(input, weight, bias, output_size, stride, padding, dilati
 def conv_forward(input, weight, bias, output_size, stride, padding, dilation, groups):
     axes = len(stride)
     o, t = _O[:axes], _T[:axes]
-    x, w = _accumulated(input, weight)
+    x, w = map(geometry.widened, (input, weight))
     windows = _windows(x, weight.shape[2:], stride, padding, dilation, output_size).unflatten(1, (groups, -1))
     output = torch.einsum(f"ngc{o}{t},gfc{t}->ngf{o}", windows, w.unflatten(0, (groups, -1))).flatten(1, 2)
     if bias is not None:
@@ -120,7 +116,7 @@ def _conv_input_grad_meta(grad_output, weight, bias, input_size, stride, padding
 def conv_input_grad(grad_output, weight, bias, input_size, stride, padding, dilation, groups):
     axes = len(stride)
     o, t = _O[:axes], _T[:axes]
-    g, w = _accumulated(grad_output, weight)
+    g, w = map(geometry.widened, (grad_output, weight))
     flipped = w.flip(list(range(2, 2 + axes))).unflatten(0, (groups, -1))
     # Input i meets, at tap t of the flipped window, the spread gradient at i + p - d*(T-1) + t*d.
     first = [d * (size - 1) - p for d, size, p in zip(dilation, weight.shape[2:], padding, strict=True)]
@@ -149,7 +145,7 @@ def _conv_weight_grad_meta(grad_output, input, kernel_size, stride, padding, dil
 def conv_weight_grad(grad_output, input, kernel_size, stride, padding, dilation, groups):
     axes = len(stride)
     o, t = _O[:axes], _T[:axes]
-    g, x = _accumulated(grad_output, input)
+    g, x = map(geometry.widened, (grad_output, input))
     windows = _windows(x, kernel_size, stride, padding, dilation, grad_output.shape[2:]).unflatten(1, (groups, -1))
     grad_weight = torch.einsum(f"ngf{o},ngc{o}{t}->gfc{t}", g.unflatten(1, (groups, -1)), windows).flatten(0, 1)
     return grad_weight.to(input.dtype).contiguous(memory_format=_memory_format(input, grad_output))  # (F, C/groups, *T)

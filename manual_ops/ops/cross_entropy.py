@@ -39,6 +39,7 @@ for input and distributions, (N, *d) for indices and rows, (C,) for the weight. 
 shape of the batch that was folded into N: each sample of it is reduced by itself, and may bring its own weight.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -57,26 +58,15 @@ def _rows_shape(input: Tensor) -> list[int]:
     return [input.shape[0], *input.shape[2:]]
 
 
-def _accumulated(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulation_dtype(tensor.dtype))
-
-
-def _count(samples: Any) -> int:
-    count = 1
-    for size in samples:
-        count *= size
-    return count
-
-
 def _class_weight(weight: Tensor | None, input: Tensor, samples: Any) -> Tensor | None:
     """The weight as (1, C, 1, ...), or (N, C, 1, ...) if every sample has its own."""
     if weight is None:
         return None
     if weight.dim() > 1:
-        weight = weight.flatten(0, -2).repeat_interleave(input.shape[0] // max(1, _count(samples)), 0)  # (N, C)
+        weight = weight.flatten(0, -2).repeat_interleave(input.shape[0] // max(1, math.prod(samples)), 0)  # (N, C)
     else:
         weight = weight.unsqueeze(0)
-    return _accumulated(weight).reshape(*weight.shape, *(1,) * (input.dim() - 2))
+    return geometry.widened(weight).reshape(*weight.shape, *(1,) * (input.dim() - 2))
 
 
 def _smoothed(target: Tensor, classes: int, label_smoothing: float, ignore_index: int, dtype: torch.dtype) -> Tensor:
@@ -113,7 +103,7 @@ def _expected_cost(cost: Tensor, target: Tensor, weight: Tensor | None, ignore_i
 
 
 def _sum_by_sample(rows: Tensor, samples: Any) -> Tensor:
-    return rows.reshape(*samples, rows.numel() // max(1, _count(samples))).sum(-1)
+    return rows.reshape(*samples, rows.numel() // max(1, math.prod(samples))).sum(-1)
 
 
 def _reduced(rows: Tensor, denominator: Tensor, reduction: str, samples: Any = ()) -> Tensor:
@@ -135,10 +125,10 @@ def _row_grad(grad_output: Tensor, denominator: Tensor, input: Tensor, reduction
     """The gradient of every row's loss, as (N, 1, *d) or what broadcasts to it."""
     if reduction == "none":
         return grad_output.unsqueeze(1).to(denominator.dtype)
-    by_sample = (grad_output / denominator).reshape(_count(samples), *(1,) * (input.dim() - 1))
+    by_sample = (grad_output / denominator).reshape(math.prod(samples), *(1,) * (input.dim() - 1))
     if not samples:
         return by_sample
-    return by_sample.repeat_interleave(input.shape[0] // max(1, _count(samples)), 0)
+    return by_sample.repeat_interleave(input.shape[0] // max(1, math.prod(samples)), 0)
 
 
 def _check_target(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -169,7 +159,7 @@ def _cross_entropy_forward_meta(input, target, weight, reduction, samples, ignor
 )
 def cross_entropy_forward(input, target, weight, reduction, samples, ignore_index, label_smoothing):
     _check_target("cross_entropy", target, input.shape[1], ignore_index)
-    z, w = _accumulated(input), _class_weight(weight, input, samples)
+    z, w = geometry.widened(input), _class_weight(weight, input, samples)
     maximum = z.amax(1, keepdim=True) if z.numel() else z.sum(1, keepdim=True)
     log_sum = torch.log(torch.exp(z - maximum).sum(1, keepdim=True))
     rows = _expected_cost(log_sum - (z - maximum), target, w, ignore_index, label_smoothing)
@@ -192,7 +182,7 @@ def cross_entropy_input_grad(
     grad_output, input, target, weight, lse, denominator, reduction, samples, ignore_index, label_smoothing
 ):
     _check_target("cross_entropy", target, input.shape[1], ignore_index)
-    z, w = _accumulated(input), _class_weight(weight, input, samples)
+    z, w = geometry.widened(input), _class_weight(weight, input, samples)
     maximum, log_sum = lse.unsqueeze(2)
     p = torch.exp((z - maximum) - log_sum)
     wq = _weighted(_smoothed(target, input.shape[1], label_smoothing, ignore_index, z.dtype), w)
@@ -215,7 +205,7 @@ def _nll_loss_forward_meta(input, target, weight, reduction, samples, ignore_ind
 def nll_loss_forward(input, target, weight, reduction, samples, ignore_index):
     _check_target("nll_loss", target, input.shape[1], ignore_index)
     w = _class_weight(weight, input, samples)
-    rows = _expected_cost(-_accumulated(input), target, w, ignore_index, 0.0)
+    rows = _expected_cost(-geometry.widened(input), target, w, ignore_index, 0.0)
     denominator = _denominator(target, w, input, reduction, samples, ignore_index)
     return _reduced(rows, denominator, reduction, samples).to(input.dtype).contiguous(), denominator
 
@@ -363,7 +353,7 @@ class CrossEntropy(ManualFunction):
             by_input = CrossEntropyInputGrad.call(grad_output, input, target, weight, lse, denominator, *ctx.options)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             row_grad = _row_grad(grad_output, denominator, input, reduction)
-            cost = -_accumulated(LogSoftmax.call(input, 1, backend))
+            cost = -geometry.widened(LogSoftmax.call(input, 1, backend))
         if ctx.needs_input_grad[1]:
             w = _class_weight(weight, input, ())
             by_target = (_weighted((1 - label_smoothing) * row_grad, w) * cost).to(input.dtype)
@@ -380,12 +370,12 @@ class CrossEntropy(ManualFunction):
         w = _class_weight(weight, input, ())
         by_input = by_target = by_weight = None
         if input_tangent is not None:
-            t, p = _accumulated(input_tangent), _accumulated(Softmax.call(input, 1, backend))
+            t, p = geometry.widened(input_tangent), geometry.widened(Softmax.call(input, 1, backend))
             by_input = _expected_cost((t * p).sum(1, keepdim=True) - t, target, w, ignore_index, label_smoothing)
         if target_tangent is not None or weight_tangent is not None:
-            cost = -_accumulated(LogSoftmax.call(input, 1, backend))
+            cost = -geometry.widened(LogSoftmax.call(input, 1, backend))
         if target_tangent is not None:
-            by_target = (_weighted((1 - label_smoothing) * _accumulated(target_tangent), w) * cost).sum(1)
+            by_target = (_weighted((1 - label_smoothing) * geometry.widened(target_tangent), w) * cost).sum(1)
         if weight_tangent is not None:
             _refuse_index_weight(target)
             t = _class_weight(weight_tangent, input, ())
@@ -413,7 +403,7 @@ class CrossEntropyInputGrad(ManualFunction):
     def backward(ctx, grad_grad_input):
         grad_output, input, target, weight, denominator = ctx.saved_tensors
         reduction, ignore_index, label_smoothing, backend = ctx.options
-        v, p = _accumulated(grad_grad_input), _accumulated(Softmax.call(input, 1, backend))
+        v, p = geometry.widened(grad_grad_input), geometry.widened(Softmax.call(input, 1, backend))
         w = _class_weight(weight, input, ())
         q = _smoothed(target, input.shape[1], label_smoothing, ignore_index, p.dtype)
         wq = _weighted(q, w)
@@ -439,19 +429,19 @@ class CrossEntropyInputGrad(ManualFunction):
         grad_output, input, target, weight, _, denominator, *options = inputs
         grad_tangent, input_tangent, target_tangent, weight_tangent, *_ = tangents
         reduction, ignore_index, label_smoothing, backend = options
-        p, w = _accumulated(Softmax.call(input, 1, backend)), _class_weight(weight, input, ())
+        p, w = geometry.widened(Softmax.call(input, 1, backend)), _class_weight(weight, input, ())
         q = _smoothed(target, input.shape[1], label_smoothing, ignore_index, p.dtype)
         row_grad = _row_grad(grad_output, denominator, input, reduction)
         by_grad_output = by_input = by_wq = None
         if grad_tangent is not None:
             by_grad_output = CrossEntropyInputGrad.call(grad_tangent, *inputs[1:])
         if input_tangent is not None:
-            moved = SoftmaxInputGrad.call(_accumulated(input_tangent), p, 1, backend)
+            moved = SoftmaxInputGrad.call(geometry.widened(input_tangent), p, 1, backend)
             by_input = (row_grad * _weighted(q, w).sum(1, keepdim=True) * moved).to(input.dtype)
         if weight_tangent is not None:
             _refuse_index_weight(target)
         wq_tangent = sum_of_terms(
-            None if target_tangent is None else _weighted((1 - label_smoothing) * _accumulated(target_tangent), w),
+            None if target_tangent is None else _weighted((1 - label_smoothing) * geometry.widened(target_tangent), w),
             None if weight_tangent is None else _class_weight(weight_tangent, input, ()) * q,
         )
         if wq_tangent is not None:

@@ -50,10 +50,6 @@ def _empty_loss(input: Tensor, reduction: str) -> Tensor:
     return _empty(input) if reduction == "none" else input.new_empty(())
 
 
-def _widened(*operands: Tensor) -> list[Tensor]:
-    return [operand.to(geometry.accumulation_dtype(operand.dtype)) for operand in operands]
-
-
 def _reduced(losses: Tensor, reduction: str, like: Tensor) -> Tensor:
     """Pointwise losses in the accumulation dtype, reduced and rounded."""
     if reduction == "none":
@@ -65,7 +61,7 @@ def _product(like: Tensor, scale: float, *factors: Any) -> Tensor:
     """scale * factors, formed in the accumulation dtype (1/n alone would be lost in 16 bits) and rounded once."""
     product: Any = scale
     for factor in factors:
-        product = product * (_widened(factor)[0] if isinstance(factor, Tensor) else factor)
+        product = product * (geometry.widened(factor) if isinstance(factor, Tensor) else factor)
     return product.to(like.dtype)
 
 
@@ -81,7 +77,7 @@ def _in_front(batch_size: int, in_dims: Any, *operands: Tensor | None) -> list[A
 
 
 def _per_sample(losses: Tensor) -> Tensor:
-    return _widened(losses)[0].reshape(losses.shape[0], math.prod(losses.shape[1:]))  # (B, elements)
+    return geometry.widened(losses).reshape(losses.shape[0], math.prod(losses.shape[1:]))  # (B, elements)
 
 
 def _batched_loss(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
@@ -107,7 +103,7 @@ def _batched_backward(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tup
 
 @kernel("total(Tensor input, str reduction) -> Tensor", meta=lambda input, reduction: input.new_empty(()))
 def total(input: Tensor, reduction: str) -> Tensor:
-    return _reduced(_widened(input)[0], reduction, input)
+    return _reduced(geometry.widened(input), reduction, input)
 
 
 @total.batch_rule
@@ -144,7 +140,7 @@ class Total(ManualFunction):
     meta=lambda input, target, reduction: _empty_loss(input, reduction),
 )
 def mse_loss_kernel(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    x, t = _widened(input, target)
+    x, t = map(geometry.widened, (input, target))
     return _reduced((x - t) * (x - t), reduction, input)
 
 
@@ -153,7 +149,7 @@ def mse_loss_kernel(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     meta=lambda grad_output, input, target, reduction: _empty(input),
 )
 def mse_loss_backward(grad_output: Tensor, input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    g, x, t = _widened(grad_output, input, target)
+    g, x, t = map(geometry.widened, (grad_output, input, target))
     return _empty(input).copy_(g * _scale(reduction, input.numel()) * 2 * (x - t))
 
 
@@ -166,9 +162,9 @@ mse_loss_backward.batch_rule(_batched_backward)
     meta=lambda input, target, pos_weight, reduction: _empty_loss(input, reduction),
 )
 def bce_with_logits(input: Tensor, target: Tensor, pos_weight: Tensor | None, reduction: str) -> Tensor:
-    x, t = _widened(input, target)
+    x, t = map(geometry.widened, (input, target))
     softplus = torch.log1p(torch.exp(-x.abs())) + (-x).clamp(min=0)  # of -x
-    q = 1 if pos_weight is None else 1 + (_widened(pos_weight)[0] - 1) * t
+    q = 1 if pos_weight is None else 1 + (geometry.widened(pos_weight) - 1) * t
     return _reduced((1 - t) * x + q * softplus, reduction, input)
 
 
@@ -180,13 +176,13 @@ def bce_with_logits(input: Tensor, target: Tensor, pos_weight: Tensor | None, re
 def bce_with_logits_backward(
     grad_output: Tensor, input: Tensor, target: Tensor, pos_weight: Tensor | None, reduction: str
 ) -> Tensor:
-    g, x, t = _widened(grad_output, input, target)
+    g, x, t = map(geometry.widened, (grad_output, input, target))
     z = torch.exp(-x.abs())
     sigmoid = torch.where(x < 0, z, 1) / (1 + z)
     if pos_weight is None:
         slope = sigmoid - t
     else:
-        p = _widened(pos_weight)[0]
+        p = geometry.widened(pos_weight)
         slope = (1 + (p - 1) * t) * sigmoid - p * t
     return _empty(input).copy_(g * _scale(reduction, input.numel()) * slope)
 

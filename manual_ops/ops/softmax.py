@@ -33,12 +33,7 @@ from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
-from manual_ops.geometry import accumulation_dtype
 from manual_ops.kernel import kernel
-
-
-def _accumulated(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(accumulation_dtype(tensor.dtype)) for tensor in tensors]
 
 
 def _like(first: Tensor, *_: Any) -> Tensor:
@@ -49,14 +44,14 @@ def _like(first: Tensor, *_: Any) -> Tensor:
 def softmax_forward(input, dim):
     if input.numel() == 0:
         return input.new_empty(input.shape)
-    (x,) = _accumulated(input)
+    x = geometry.widened(input)
     powers = torch.exp(x - x.amax(dim, keepdim=True))
     return (powers / powers.sum(dim, keepdim=True)).to(input.dtype).contiguous()
 
 
 @kernel("softmax_input_grad(Tensor grad_output, Tensor output, int dim) -> Tensor", meta=_like)
 def softmax_input_grad(grad_output, output, dim):
-    g, s = _accumulated(grad_output, output)
+    g, s = map(geometry.widened, (grad_output, output))
     return (s * (g - (g * s).sum(dim, keepdim=True))).to(grad_output.dtype).contiguous()
 
 
@@ -64,14 +59,14 @@ def softmax_input_grad(grad_output, output, dim):
 def log_softmax_forward(input, dim):
     if input.numel() == 0:
         return input.new_empty(input.shape)
-    (x,) = _accumulated(input)
+    x = geometry.widened(input)
     shifted = x - x.amax(dim, keepdim=True)
     return (shifted - torch.log(torch.exp(shifted).sum(dim, keepdim=True))).to(input.dtype).contiguous()
 
 
 @kernel("log_softmax_input_grad(Tensor grad_output, Tensor output, int dim) -> Tensor", meta=_like)
 def log_softmax_input_grad(grad_output, output, dim):
-    g, l = _accumulated(grad_output, output)  # noqa: E741
+    g, l = map(geometry.widened, (grad_output, output))  # noqa: E741
     return (g - torch.exp(l) * g.sum(dim, keepdim=True)).to(grad_output.dtype).contiguous()
 
 
@@ -131,7 +126,7 @@ class SoftmaxInputGrad(ManualFunction):
         if ctx.needs_input_grad[0]:
             by_grad_output = SoftmaxInputGrad.call(grad_grad_input, output, ctx.dim, ctx.backend)
         if ctx.needs_input_grad[1]:
-            v, g, s = _accumulated(grad_grad_input, grad_output, output)
+            v, g, s = map(geometry.widened, (grad_grad_input, grad_output, output))
             by_output = v * (g - (g * s).sum(ctx.dim, keepdim=True)) - g * (v * s).sum(ctx.dim, keepdim=True)
             by_output = by_output.to(output.dtype)
         return by_grad_output, by_output, None, None
@@ -142,7 +137,7 @@ class SoftmaxInputGrad(ManualFunction):
         grad_tangent, output_tangent, *_ = tangents
         by_output = None
         if output_tangent is not None:
-            t, g, s = _accumulated(output_tangent, grad_output, output)
+            t, g, s = map(geometry.widened, (output_tangent, grad_output, output))
             by_output = t * (g - (g * s).sum(dim, keepdim=True)) - s * (g * t).sum(dim, keepdim=True)
             by_output = by_output.to(output.dtype)
         return sum_of_terms(
@@ -172,7 +167,7 @@ class LogSoftmax(ManualFunction):
 
 def _log_softmax_tangent(tangent: Tensor, output: Tensor, dim: int) -> Tensor:
     """t_k - sum_c t_c exp(l_c): the Jacobian of log_softmax times t, and the transpose of log_softmax_input_grad."""
-    t, l = _accumulated(tangent, output)  # noqa: E741
+    t, l = map(geometry.widened, (tangent, output))  # noqa: E741
     return (t - (t * torch.exp(l)).sum(dim, keepdim=True)).to(tangent.dtype)
 
 
@@ -208,7 +203,7 @@ class LogSoftmaxInputGrad(ManualFunction):
 
 def _by_log(direction: Tensor, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
     """-v_k * exp(l_k) * sum_c g_c: the derivative of log_softmax_input_grad by l, a diagonal matrix, times v."""
-    v, g, l = _accumulated(direction, grad_output, output)  # noqa: E741
+    v, g, l = map(geometry.widened, (direction, grad_output, output))  # noqa: E741
     return (-v * torch.exp(l) * g.sum(dim, keepdim=True)).to(direction.dtype)
 
 
