@@ -54,7 +54,7 @@ test-all: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(shell find csrc -type f)
+	$(RUN) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(shell find csrc tests/cuda_emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 	$(RUN) -m mypy
 
 bench: $(READY)

@@ -16,7 +16,7 @@ class Environment:
     """What `manual-ops info` prints.
 
     Attributes:
-        native_kernels, kernels: how many operators have a C++ version, of how many.
+        native_kernels, cuda_kernels, kernels: how many operators have a C++ and a CUDA version, of how many.
         native_problem: why the C++ library is not loaded and what to do; None when it is.
         cpu_isa: the instruction set that our C++ kernels run on; None without them.
         torch_cpu: the instruction set that torch's own kernels run on.
@@ -32,6 +32,7 @@ class Environment:
     threads: int
     backends: tuple[str, ...]
     native_kernels: int
+    cuda_kernels: int
     kernels: int
     native_problem: str | None
     cpu_isa: str | None
@@ -57,7 +58,7 @@ class Environment:
             ("backends", ", ".join(self.backends)),
             ("native kernels", native if self.native_problem is None else f"not loaded: {self.native_problem}"),
             ("CUDA of torch", cuda),
-            ("CUDA kernels", self.cuda_problem or f"built and usable on {self.cuda_device}"),
+            ("CUDA kernels", self.cuda_problem or f"for {self.cuda_kernels} of {self.kernels} kernels"),
         ]
 
 
@@ -75,9 +76,10 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         backends=available_backends(),
         native_kernels=sum(has_native(f"manual_ops::{name}", "CPU") for name in kernel.KERNELS),
+        cuda_kernels=sum(has_native(f"manual_ops::{name}", "CUDA") for name in kernel.KERNELS),
         kernels=len(kernel.KERNELS),
         native_problem=kernel.native_library_problem(),
-        cpu_isa=str(torch.ops.manual_ops.cpu_isa()) if native else None,
+        cpu_isa=str(torch.ops.manual_ops.cpu_isa()) if native and hasattr(torch.ops.manual_ops, "cpu_isa") else None,
         torch_cpu=torch.backends.cpu.get_cpu_capability(),
         torch_cuda=torch.version.cuda,
         cuda_device=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -106,10 +108,7 @@ def _processor() -> str:
 
 
 def _cuda_problem() -> str | None:
-    if not Path(kernel.__file__).with_name("_C_cuda.so").exists():
-        return "this build has no CUDA kernels (manual_ops._C_cuda); on a GPU the Python kernels run"
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no usable GPU"
-    return None
+    problem = kernel.cuda_library_problem()
+    if problem is not None:
+        return f"not loaded: {problem}; on a GPU the Python kernels run"
+    return None if torch.cuda.is_available() else "loaded, but torch finds no usable GPU"

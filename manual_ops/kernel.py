@@ -5,15 +5,16 @@
         return 2 * input
 
 defines two operators with the one schema. `manual_ops_python::double` is the body under the decorator, the readable
-reference, on every device. `manual_ops::double` is what a native library registers for its device (C++ for "CPU"), and
-the same body wherever none is registered: PyTorch's dispatcher chooses. Both run below autograd: a backward pass that
-forgets its Function is cut off from the graph, and caught by a test, instead of being differentiated by torch. Bodies
-run below autocast too: the operands come in the dtype to compute in.
+reference, on every device. `manual_ops::double` is what a native library registers for its device (`_C` for "CPU",
+`_C_cuda` for "CUDA"), and the same body wherever none is registered: PyTorch's dispatcher chooses. Both run below
+autograd: a backward pass that forgets its Function is cut off from the graph, and caught by a test, instead of being
+differentiated by torch. Bodies run below autocast too: the operands come in the dtype to compute in.
 
 `double(x, backend="python")` calls the first, `double(x, backend="native")` the second.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ NAMESPACES = {"native": "manual_ops", "python": "manual_ops_python"}
 _LIBRARIES = {backend: torch.library.Library(name, "DEF") for backend, name in NAMESPACES.items()}
 
 
-def _load_native_library() -> str | None:
-    """Load `_C.so` beside this file; the reason why not, or None when it is loaded."""
-    path = Path(__file__).with_name("_C.so")
+def _load(path: Path) -> str | None:
+    """Load a library of kernels; the reason why not, or None when it is loaded."""
     if not path.exists():
         return f"{path.name} is not built; build it with `pip install -e . --no-build-isolation` in the source tree"
     try:
@@ -36,7 +36,15 @@ def _load_native_library() -> str | None:
     return None
 
 
-_native_problem = _load_native_library()
+def _load_cuda_library() -> str | None:
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    return _load(Path(__file__).with_name("_C_cuda.so"))
+
+
+# MANUAL_OPS_LIBRARY names another build of the CPU's kernels: with sanitizers, or the CUDA kernels under emulation.
+_native_problem = _load(Path(os.environ.get("MANUAL_OPS_LIBRARY") or Path(__file__).with_name("_C.so")))
+_cuda_problem = _load_cuda_library()
 
 
 def native_library_loaded() -> bool:
@@ -47,6 +55,11 @@ def native_library_loaded() -> bool:
 def native_library_problem() -> str | None:
     """Why the C++ kernels are not there, and what to do; None when they are."""
     return _native_problem
+
+
+def cuda_library_problem() -> str | None:
+    """Why the CUDA kernels are not there, and what to do; None when they are."""
+    return _cuda_problem
 
 
 class Kernel:

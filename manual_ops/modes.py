@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import torch
+
 from manual_ops import kernel
 
 Backend = Literal["python", "native"]
@@ -23,6 +25,8 @@ _modes = _Modes()
 if not kernel.native_library_loaded():
     _Modes.backend = "python"
     warnings.warn(f"manual_ops runs on its Python kernels: {kernel.native_library_problem()}")
+if kernel.cuda_library_problem() and torch.cuda.is_available():
+    warnings.warn(f"manual_ops runs on its Python kernels on this GPU: {kernel.cuda_library_problem()}")
 
 
 def current_backend() -> Backend:

@@ -1,7 +1,7 @@
 // Activations: one loop over the memory of any dense tensor, whatever the order of its dimensions.
-#include "cpu/activation.h"
+#include "activation.h"
 
-#include "cpu/elementwise.h"
+#include "dense.h"
 
 #define MANUAL_OPS_KERNELS "cpu/activation_kernels.h"
 #include "cpu/each_isa.h"

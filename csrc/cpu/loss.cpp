@@ -1,9 +1,9 @@
 // Mean squared error and binary cross-entropy with logits, pointwise or reduced in a fixed order.
-#include "cpu/loss.h"
+#include "loss.h"
 
 #include <string>
 
-#include "cpu/elementwise.h"
+#include "dense.h"
 
 #define MANUAL_OPS_KERNELS "cpu/loss_kernels.h"
 #include "cpu/each_isa.h"

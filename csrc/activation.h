@@ -1,4 +1,4 @@
-// The names of the activations, which the kernels of every instruction set share.
+// The names of the activations, which all kernels share.
 #pragma once
 
 namespace manual_ops {

@@ -1,11 +1,11 @@
-// Elementwise loops run over the memory of dense tensors, whatever the order of their dimensions.
+// Dense tensors: their memory is a stretch without gaps, so that an elementwise loop over it meets every element.
 #pragma once
 
 #include <algorithm>
 #include <utility>
 #include <vector>
 
-#include "cpu/common.h"
+#include "tensor.h"
 
 namespace manual_ops {
 

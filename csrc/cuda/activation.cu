@@ -1,0 +1,153 @@
+// Activations over the memory of any dense tensor; the formulas are those of ops/activation.py.
+#include "activation.h"
+
+#include "cuda/elementwise.h"
+
+namespace manual_ops {
+
+namespace {
+
+template <class A>
+CU_DEVICE A logistic(A x) {
+  return A(1) / (A(1) + exp(-x));
+}
+
+// The normal distribution's cumulative function and density.
+template <class A>
+CU_DEVICE A normal_cumulative(A x) {
+  return A(0.5) * erfc(x * A(-0.7071067811865476));
+}
+template <class A>
+CU_DEVICE A normal_density(A x) {
+  return exp(A(-0.5) * x * x) * A(0.3989422804014327);
+}
+
+// u = 2*sqrt(2/pi) * (x + 0.044715*x^3), the argument of the sigmoid in tanh gelu, and du/dx.
+template <class A>
+CU_DEVICE A gelu_argument(A x) {
+  return A(1.5957691216057308) * (x + A(0.044715) * x * x * x);
+}
+template <class A>
+CU_DEVICE A gelu_argument_slope(A x) {
+  return A(1.5957691216057308) * (A(1) + A(0.134145) * x * x);
+}
+
+template <Activation kind, class A>
+struct Value {
+  A negative_slope;
+  CU_DEVICE A operator()(A x) const {
+    if constexpr (kind == Activation::relu) return x < A(0) ? A(0) : x;
+    if constexpr (kind == Activation::relu6) return x < A(0) ? A(0) : x > A(6) ? A(6) : x;
+    if constexpr (kind == Activation::leaky_relu) return x > A(0) ? x : x * negative_slope;
+    if constexpr (kind == Activation::sigmoid) return logistic(x);
+    if constexpr (kind == Activation::tanh) return tanh(x);
+    if constexpr (kind == Activation::silu) return x * logistic(x);
+    if constexpr (kind == Activation::gelu) return x * normal_cumulative(x);
+    if constexpr (kind == Activation::gelu_tanh) return x * logistic(gelu_argument(x));
+  }
+};
+
+// grad_output times the derivative at `saved`.
+template <Activation kind, class A>
+struct Product {
+  A negative_slope;
+  CU_DEVICE A operator()(A g, A saved) const {
+    if constexpr (kind == Activation::relu) return saved <= A(0) ? A(0) : g;
+    if constexpr (kind == Activation::relu6) return saved <= A(0) || saved >= A(6) ? A(0) : g;
+    if constexpr (kind == Activation::leaky_relu) return saved > A(0) ? g : g * negative_slope;
+    if constexpr (kind == Activation::sigmoid) return g * (A(1) - saved) * saved;
+    if constexpr (kind == Activation::tanh) return g * (A(1) - saved * saved);
+    if constexpr (kind == Activation::silu) {
+      const A s = logistic(saved);
+      return g * (s + saved * s * (A(1) - s));
+    }
+    if constexpr (kind == Activation::gelu) return g * (normal_cumulative(saved) + saved * normal_density(saved));
+    if constexpr (kind == Activation::gelu_tanh) {
+      const A s = logistic(gelu_argument(saved));
+      return g * (s + saved * s * (A(1) - s) * gelu_argument_slope(saved));
+    }
+  }
+};
+
+template <Activation kind>
+void fill(const Tensor& input, const Tensor& output, double negative_slope) {
+  const CudaGuard guard(input);
+  for_floating_dtype(input.scalar_type(), "activation", [&](auto scalar) {
+    using T = decltype(scalar);
+    using A = accumulate_t<T>;
+    elementwise(guard, Value<kind, A>{static_cast<A>(negative_slope)}, input.numel(), cu_output<T>(output),
+                cu_input<T>(input));
+  });
+}
+
+template <Activation kind>
+Tensor forward_with_slope(const Tensor& input_any, double negative_slope) {
+  const Tensor input = as_dense(input_any);
+  const Tensor output = new_like(input);
+  fill<kind>(input, output, negative_slope);
+  return output;
+}
+
+template <Activation kind>
+void in_place_with_slope(const Tensor& input, double negative_slope) {
+  if (is_dense(input)) return fill<kind>(input, input, negative_slope);
+  Tensor target = input;
+  torch::stable::copy_(target, forward_with_slope<kind>(input, negative_slope));
+}
+
+template <Activation kind>
+Tensor backward_with_slope(const Tensor& grad_any, const Tensor& saved_any, double negative_slope) {
+  STD_TORCH_CHECK(sizes_of(grad_any) == sizes_of(saved_any) && grad_any.scalar_type() == saved_any.scalar_type(),
+                  "activation backward: grad_output and saved must have one shape and one dtype");
+  const Tensor saved = as_dense(saved_any);
+  const Tensor grad_output = in_layout_of(grad_any, saved);
+  const Tensor grad_input = new_like(saved);
+  const CudaGuard guard(saved);
+  for_floating_dtype(saved.scalar_type(), "activation backward", [&](auto scalar) {
+    using T = decltype(scalar);
+    using A = accumulate_t<T>;
+    elementwise(guard, Product<kind, A>{static_cast<A>(negative_slope)}, saved.numel(), cu_output<T>(grad_input),
+                cu_input<T>(grad_output), cu_input<T>(saved));
+  });
+  return grad_input;
+}
+
+template <Activation kind>
+Tensor forward(const Tensor& input) {
+  return forward_with_slope<kind>(input, 0);
+}
+template <Activation kind>
+void in_place(const Tensor& input) {
+  in_place_with_slope<kind>(input, 0);
+}
+template <Activation kind>
+Tensor backward(const Tensor& grad_output, const Tensor& saved) {
+  return backward_with_slope<kind>(grad_output, saved, 0);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(manual_ops, CU_KEY, m) {
+  m.impl("relu", TORCH_BOX(&forward<Activation::relu>));
+  m.impl("relu_", TORCH_BOX(&in_place<Activation::relu>));
+  m.impl("relu_backward", TORCH_BOX(&backward<Activation::relu>));
+  m.impl("relu6", TORCH_BOX(&forward<Activation::relu6>));
+  m.impl("relu6_", TORCH_BOX(&in_place<Activation::relu6>));
+  m.impl("relu6_backward", TORCH_BOX(&backward<Activation::relu6>));
+  m.impl("leaky_relu", TORCH_BOX(&forward_with_slope<Activation::leaky_relu>));
+  m.impl("leaky_relu_", TORCH_BOX(&in_place_with_slope<Activation::leaky_relu>));
+  m.impl("leaky_relu_backward", TORCH_BOX(&backward_with_slope<Activation::leaky_relu>));
+  m.impl("sigmoid", TORCH_BOX(&forward<Activation::sigmoid>));
+  m.impl("sigmoid_backward", TORCH_BOX(&backward<Activation::sigmoid>));
+  m.impl("tanh", TORCH_BOX(&forward<Activation::tanh>));
+  m.impl("tanh_backward", TORCH_BOX(&backward<Activation::tanh>));
+  m.impl("silu", TORCH_BOX(&forward<Activation::silu>));
+  m.impl("silu_", TORCH_BOX(&in_place<Activation::silu>));
+  m.impl("silu_backward", TORCH_BOX(&backward<Activation::silu>));
+  m.impl("gelu", TORCH_BOX(&forward<Activation::gelu>));
+  m.impl("gelu_backward", TORCH_BOX(&backward<Activation::gelu>));
+  m.impl("gelu_tanh", TORCH_BOX(&forward<Activation::gelu_tanh>));
+  m.impl("gelu_tanh_backward", TORCH_BOX(&backward<Activation::gelu_tanh>));
+}
+
+}  // namespace manual_ops
