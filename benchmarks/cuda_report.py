@@ -49,7 +49,10 @@ def compiled(source: Path, arch: str, nvcc: Path) -> list[Instance]:
     include = [f"-I{ROOT / 'csrc'}", "-isystem", Path(torch.__file__).parent / "include"]
     with TemporaryDirectory() as folder:
         target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", source, "-o", Path(folder, "object.o")]
-        log = subprocess.run([nvcc, *FLAGS, *include, *target], capture_output=True, text=True, check=True).stderr
+        result = subprocess.run([nvcc, *FLAGS, *include, *target], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(result.stderr)
+    log = result.stderr
     found = [match.groupdict() for match in INSTANCE.finditer(log)]
     names = subprocess.run(
         ["c++filt"], input="\n".join(instance["name"] for instance in found), capture_output=True, text=True, check=True
