@@ -725,11 +725,6 @@ DIFFERENCES = [
         lambda call: call.name == "batch_norm" and call.args[0].values == "huge",
     ),
     Difference(
-        "torch cannot differentiate the loss by weight and pos_weight and refuses them; ours has those derivatives.",
-        "is not differentiable with respect to argu",
-        Call("binary_cross_entropy_with_logits", (_image_of(F32, 4), _image_of(F32, 4), T((4,), F32))),
-    ),
-    Difference(
         "What is no tensor is a TypeError; torch calls a method of it.",
         "torch AttributeError: .* ours TypeError",
         Call("tanh", (1.0,)),

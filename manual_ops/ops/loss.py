@@ -460,7 +460,8 @@ def binary_cross_entropy_with_logits(
     Args:
         input: logits x, any shape.
         target: probabilities t, the input's shape.
-        weight: multiplies the losses; broadcasts to the input's shape.
+        weight: multiplies the losses; broadcasts to the input's shape. As in torch only the transforms of torch.func
+            and forward mode differentiate by it and by pos_weight.
         size_average, reduce: deprecated ways to say `reduction`.
         reduction: "none", "mean" or "sum".
         pos_weight: p, multiplies the losses of the positive class; broadcasts to the input's shape.
@@ -470,7 +471,8 @@ def binary_cross_entropy_with_logits(
 
     Raises:
         ValueError: for another reduction, or a target of another shape than the input's.
-        RuntimeError: for shapes, dtypes or devices that do not go together.
+        RuntimeError: for shapes, dtypes or devices that do not go together, and where weight or pos_weight requires a
+            gradient.
         NotImplementedError: for an input that is not floating.
         TypeError: for anything but tensors.
 
@@ -496,6 +498,12 @@ def binary_cross_entropy_with_logits(
     p = None if pos_weight is None else pos_weight.to(dtype).expand(x.shape)
     if reduction == "none" and t.is_contiguous(memory_format=geometry.channels_last_format(t)):
         x = x.contiguous(memory_format=geometry.channels_last_format(t))  # the output has the target's layout
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        for name, factor in factors.items():
+            if factor is not None and factor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} must not require a gradient outside torch.func, as in torch, but does"
+                )
     backend = modes.current_backend()
     if weight is None:
         return BceWithLogits.call(x, t, p, reduction, backend).to(target.dtype)
