@@ -165,6 +165,22 @@ def test_batches_of_each_operand(in_dims, backend):
         assert_same(gradient, expected)
 
 
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (5, 0, 4), (5, 3, 0)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_batches_of_both_operands_of_size_zero(sizes, bias, backend):
+    rows, ins, outs = sizes
+    args = [tensor(2, rows, ins, requires_grad=False), tensor(2, outs, ins, requires_grad=False)]
+    args += [tensor(2, outs, requires_grad=False)] if bias else []
+    assert_same(*(torch.func.vmap(function)(*args) for function in (linear, F.linear)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batches_of_both_operands_are_accumulated_wide(dtype, backend):
+    args = [tensor(3, *shape, dtype=dtype, requires_grad=False) for shape in ((5, 70), (4, 70), (4,))]
+    expected = torch.func.vmap(F.linear)(*(arg.double() for arg in args))
+    assert_same(torch.func.vmap(linear)(*args), expected.to(dtype))
+
+
 def test_transforms(backend):
     args = operands(SHAPES["matrix"])
     args = [arg.detach() for arg in args]

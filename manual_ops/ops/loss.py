@@ -31,8 +31,9 @@ from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
-from manual_ops.kernel import kernel
+from manual_ops.kernel import backend_of, in_front, kernel
 from manual_ops.ops.activation import Activate
+from manual_ops.ops.channel_sum import channel_sum
 from manual_ops.ops.reduction import reduction_argument
 
 
@@ -58,41 +59,35 @@ def _reduced(losses: Tensor, reduction: str, like: Tensor) -> Tensor:
 
 
 def _product(like: Tensor, scale: float, *factors: Any) -> Tensor:
-    """scale * factors, formed in the accumulation dtype (1/n alone would be lost in 16 bits) and rounded once."""
+    """scale * factors, formed in the accumulation dtype (1/n alone would be lost in 16 bits) and rounded once.
+
+    A number comes as a tensor of as many dimensions as `like` has: torch cannot multiply numbers of an empty batch.
+    """
     product: Any = scale
     for factor in factors:
-        product = product * (geometry.widened(factor) if isinstance(factor, Tensor) else factor)
+        factor = geometry.widened(factor)
+        product = product * (factor if factor.dim() else factor.reshape((1,) * like.dim()))
     return product.to(like.dtype)
 
 
-def _in_front(batch_size: int, in_dims: Any, *operands: Tensor | None) -> list[Any]:
-    """Every operand with the batch in front, expanded where it has none."""
-    moved: list[Any] = []
-    for operand, dim in zip(operands, in_dims, strict=False):
-        if operand is None or dim is not None:
-            moved.append(operand if operand is None else operand.movedim(dim, 0))
-        else:
-            moved.append(operand.expand(batch_size, *operand.shape))
-    return moved
-
-
-def _per_sample(losses: Tensor) -> Tensor:
-    return geometry.widened(losses).reshape(losses.shape[0], math.prod(losses.shape[1:]))  # (B, elements)
+def _sample_totals(op: Any, values: Tensor, reduction: str) -> Tensor:
+    """The sum or the mean of each sample: (B, ...) -> (B,)."""
+    count = math.prod(values.shape[1:])
+    samples = geometry.widened(values).reshape(1, values.shape[0], count)
+    totals = channel_sum(samples, backend=backend_of(op))
+    return (totals / count if reduction == "mean" else totals).to(values.dtype)
 
 
 def _batched_loss(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """The reduction runs over one sample at a time, so it follows the pointwise losses of all of them."""
     *operands, reduction = args
-    losses = op(*_in_front(batch_size, in_dims, *operands), "none")
-    if reduction == "none":
-        return losses, 0
-    samples = _per_sample(losses)
-    return (samples.sum(1) if reduction == "sum" else samples.mean(1)).to(losses.dtype), 0
+    losses = op(*(in_front(operand, dim, batch_size) for operand, dim in zip(operands, in_dims, strict=False)), "none")
+    return (losses if reduction == "none" else _sample_totals(op, losses, reduction)), 0
 
 
 def _batched_backward(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     *operands, reduction = args
-    grads, *operands = _in_front(batch_size, in_dims, *operands)
+    grads, *operands = (in_front(operand, dim, batch_size) for operand, dim in zip(operands, in_dims, strict=False))
     if reduction != "none":
         sample = operands[0].shape[1:]
         grads = grads.reshape(batch_size, *(1,) * len(sample)).expand_as(operands[0])
@@ -108,8 +103,7 @@ def total(input: Tensor, reduction: str) -> Tensor:
 
 @total.batch_rule
 def _(op: Any, batch_size: int, in_dims: Any, input: Tensor, reduction: str) -> tuple[Tensor, int]:
-    samples = _per_sample(input.movedim(in_dims[0], 0))
-    return (samples.sum(1) if reduction == "sum" else samples.mean(1)).to(input.dtype), 0
+    return _sample_totals(op, input.movedim(in_dims[0], 0), reduction), 0
 
 
 class Total(ManualFunction):
@@ -126,8 +120,8 @@ class Total(ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        scale = _scale(ctx.reduction, math.prod(ctx.shape))
-        return _product(grad_output, scale, grad_output).expand(ctx.shape), None, None
+        grad = grad_output.reshape((1,) * len(ctx.shape))
+        return _product(grad, _scale(ctx.reduction, math.prod(ctx.shape)), grad).expand(ctx.shape), None, None
 
     @staticmethod
     def tangent(inputs: Any, output: Tensor, tangents: Any) -> Tensor:
