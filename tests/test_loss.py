@@ -421,8 +421,8 @@ def test_a_weight_of_another_shape_is_refused(backend):
 
 
 @each_loss
-def test_what_is_no_tensor_is_a_type_error(ours, theirs, backend):
-    # torch stumbles over the missing .size() here, with an AttributeError.
+def test_what_is_no_tensor_is_a_type_error_and_the_attribute_error_of_torch(ours, theirs, backend):
     for args in (([1.0], Z(1)), (Z(1), [1.0]), (None, Z(1)), (Z(1), None)):
+        assert_wrong_like_torch(ours, theirs, *args)
         with pytest.raises(TypeError, match=ours.__name__):
             ours(*args)

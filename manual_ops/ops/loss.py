@@ -4,11 +4,11 @@ With input x and target t, elementwise,
 
     squared error   l = (x - t)^2                                        dl/dx = 2 (x - t)           dl/dt = -dl/dx
     cross-entropy   l = (1 - t) x + q sp(-x),   q = 1 + (p - 1) t        dl/dx = q S(x) - p t
-                    dl/dt = -x + (p - 1) sp(-x)                          dl/dp = t sp(-x)
+                    dl/dt = p sp(-x) - sp(x),   -x for p = 1             dl/dp = t sp(-x)
 
 where S is the logistic sigmoid, p is pos_weight (1 where there is none), and sp(-x) = log(1 + exp(-x)) = -log S(x), for
-which S'/S = 1 - S gives the slope above. Written sp(-x) = max(-x, 0) + log(1 + exp(-|x|)) nothing overflows; and sp(-x)
-is the loss itself at t = 1, p = 1.
+which S'/S = 1 - S gives the slope above; and x = sp(x) - sp(-x). Written sp(-x) = max(-x, 0) + log(1 + exp(-|x|))
+nothing overflows; and sp(-x) is the loss itself at t = 1, p = 1.
 
 A reduced loss is s * sum of l, with s = 1 or 1/n, so its backward is the slope times s * grad_output. That product is a
 Function again, linear in grad_output, with
@@ -305,7 +305,10 @@ def _softplus(input: Tensor, target: Tensor, backend: str) -> Tensor:
 
 
 def _slope_by_target(input: Tensor, target: Tensor, pos_weight: Tensor | None, backend: str) -> Tensor:
-    return -input if pos_weight is None else (pos_weight - 1) * _softplus(input, target, backend) - input
+    """Not -x + (p - 1) sp(-x), which is the difference of two infinities for x = -inf."""
+    if pos_weight is None:
+        return -input
+    return pos_weight * _softplus(input, target, backend) - _softplus(-input, target, backend)
 
 
 class BceWithLogitsBackward(ManualFunction):
@@ -364,6 +367,14 @@ def _bends(input: Tensor, target: Tensor, pos_weight: Tensor | None, backend: st
     return (1 + (pos_weight - 1) * target) * s * (1 - s), (pos_weight - 1) * s - pos_weight, target * (s - 1)
 
 
+def _in_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
+    """The values of one tensor in the layout that an elementwise result of another has."""
+    steps = _empty(other).stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -steps[dim])
+    inverse = sorted(range(tensor.dim()), key=lambda place: order[place])
+    return tensor.permute(order).contiguous().permute(inverse)
+
+
 def _check_operand(op: str, name: str, operand: Any, input: Tensor) -> None:
     geometry.check_tensor(op, name, operand)
     if operand.device != input.device:
@@ -416,6 +427,8 @@ def mse_loss(
             "broadcast, which is rarely what is meant",
             stacklevel=2,
         )
+    if weight is not None and size_average is None and reduce is None and reduction == "elementwise_mean":
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum' where there is a weight, got {reduction!r}")
     reduction = reduction_argument(op, size_average, reduce, reduction)
     try:
         shape = torch.broadcast_shapes(input.shape, target.shape)
@@ -490,8 +503,8 @@ def binary_cross_entropy_with_logits(
     dtype = torch.promote_types(input.dtype, target.dtype)
     x, t = input.to(dtype), target.to(dtype)
     p = None if pos_weight is None else pos_weight.to(dtype).expand(x.shape)
-    if reduction == "none" and t.is_contiguous(memory_format=geometry.channels_last_format(t)):
-        x = x.contiguous(memory_format=geometry.channels_last_format(t))  # the output has the target's layout
+    if reduction == "none" and x.stride() != t.stride():
+        x = _in_layout_of(x, t)  # which the output then has too
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         for name, factor in factors.items():
             if factor is not None and factor.requires_grad:
