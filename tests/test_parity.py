@@ -258,7 +258,8 @@ def pool(pick):
                 if pick(*[True] * 6, False)
                 else pick(0, 1.0, True, "a", (1,), torch.tensor(2), numpy.int64(2))
             )
-    return _pass(pick, f"{kind}_pool{axes}d", (input, _ints(pick, axes, 2, 3, 1, 4)), **options)
+    name = f"{kind}_pool{axes}d" + (pick("", "", "_with_indices") if kind == "max" else "")
+    return _pass(pick, name, (input, _ints(pick, axes, 2, 3, 1, 4)), **options)
 
 
 def adaptive_pool(pick):
@@ -269,7 +270,8 @@ def adaptive_pool(pick):
     size = _ints(pick, axes, 1, 2, 3, 5, 8)
     size = pick(size, size, size, tuple(pick(None, 1, 2, 4, 0) for _ in range(axes)))
     options = {"return_indices": _flag(pick)} if kind == "max" else {}
-    return _pass(pick, f"adaptive_{kind}_pool{axes}d", (input, size), **options)
+    name = f"adaptive_{kind}_pool{axes}d" + (pick("", "", "_with_indices") if kind == "max" else "")
+    return _pass(pick, name, (input, size), **options)
 
 
 def batch_norm(pick):
