@@ -727,6 +727,28 @@ DIFFERENCES = [
         lambda call: call.name == "batch_norm" and call.args[0].values == "huge",
     ),
     Difference(
+        "The target's gradient at an infinite logit under pos_weight: torch's is infinite, ours inf - inf.",
+        "^gradient",
+        Call(
+            "binary_cross_entropy_with_logits",
+            (_image_of(F32, 4, values="inf"), _image_of(F32, 4)),
+            {"pos_weight": T((4,), F32, grad=False)},
+        ),
+        lambda call: (
+            call.name == "binary_cross_entropy_with_logits"
+            and (
+                call.args[0].values in ("inf", "-inf", "all -inf", "nans")
+                or (call.args[0].values == "huge" and call.args[0].dtype is F16)  # 1e30 is infinite there
+            )
+        ),
+    ),
+    Difference(
+        "Whether torch takes a bias of several numbers next to a weight vector depends on the strides of the input. "
+        "Ours takes one number.",
+        "torch a result, ours RuntimeError: linear: bias must be a number",
+        Call("linear", (_image_of(F32, 2, 3, 4, layout="expanded"), _image_of(F32, 4), _image_of(F32, 1))),
+    ),
+    Difference(
         "The gradient of relu6 at NaN: torch's vectorised loop stops it, the loop over the last elements passes it, "
         "as ours does.",
         "^gradient",
