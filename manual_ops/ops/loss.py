@@ -374,8 +374,7 @@ def _in_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
 
 def _check_operand(op: str, name: str, operand: Any, input: Tensor) -> None:
     geometry.check_tensor(op, name, operand)
-    if operand.device != input.device:
-        raise RuntimeError(f"{op}: {name} must be on the input's device {input.device}, got {operand.device}")
+    geometry.check_alike(op, name, operand, input, "device")
 
 
 def _check_broadcasts(op: str, name: str, operand: Tensor, input: Tensor) -> None:
