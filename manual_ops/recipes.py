@@ -1,15 +1,15 @@
 """Lean mode: an activation that a cheap recomputation gives back is not kept for the backward pass.
 
-A convolution keeps its input for the gradient of its weight. Where that input is relu(batch_norm(x)), batch norm keeps x
-anyway, so the convolution need not keep anything: its backward makes the input again. In the forward,
+A convolution keeps its input for the gradient of its weight. Where that input is relu(batch_norm(x)), batch norm keeps
+x anyway, so the convolution need not keep anything: its backward makes the input again. In the forward,
 
     made(output, function, *sources)   says how a tensor came to be, its recipe
     keep(output, index, tensor)        lets the node of `output` hold the recipe of what it saved in its place
 
-A recipe is what the saved tensor is packed to (`torch.autograd.graph` calls such a pair of functions saved tensor hooks),
-so it lives exactly as long, and the graph of higher derivatives is the one it would have been. Its sources are tensors
-that some node keeps in any case, or recipes in their turn. What it makes has the bits of what was there: the kernels are
-the forward's, on the same operands.
+A recipe is what the saved tensor is packed to (torch's saved tensor hooks are a function that packs and one that
+unpacks), so it lives exactly as long, and the graph of higher derivatives is the one it would have been. Its sources
+are tensors that some node keeps in any case, or recipes in their turn. What it makes has the bits of what was there:
+the kernels are the forward's, on the same operands.
 
 Lean mode stands aside where others pack saved tensors (hooks of the user's, non-reentrant checkpointing), under the
 transforms of torch.func, and in torch.compile, which decides itself what to recompute.
@@ -45,7 +45,7 @@ class Recipe:
         self._versions = [source._version if isinstance(source, Tensor) else None for source in sources]
         self._users = self._times_left = 0
         self._made: Tensor | None = None
-        self.length = 1 + max((source.length for source in sources if isinstance(source, Recipe)), default=0)
+        self.length: int = 1 + max((source.length for source in sources if isinstance(source, Recipe)), default=0)
 
     def add_user(self) -> None:
         self._users += 1

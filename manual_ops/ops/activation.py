@@ -27,8 +27,8 @@ table's last column times g, plain differentiable arithmetic, so that third and 
 In the code: `saved` is s; `slope` is a for leaky_relu and None for the others.
 """
 
-import math
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
