@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from manual_ops import functional, nn, recipes
+from manual_ops.fuse import fuse as fuse_layers
+from manual_ops.fuse import unfuse
 from manual_ops.geometry import FLOATING_DTYPES
 from manual_ops.registry import OPERATIONS
 
@@ -24,7 +26,13 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 
-def convert(model: Model, to: Literal["manual_ops", "torch"] = "manual_ops", *, lean: bool | None = None) -> Model:
+def convert(
+    model: Model,
+    to: Literal["manual_ops", "torch"] = "manual_ops",
+    *,
+    fuse: bool = False,
+    lean: bool | None = None,
+) -> Model:
     """Swap, in place, every layer of `model` whose exact type has a twin.
 
     A layer stays the same object: its parameters, buffers, hooks, names and training mode, and every reference to it
@@ -33,8 +41,11 @@ def convert(model: Model, to: Literal["manual_ops", "torch"] = "manual_ops", *, 
 
     Args:
         model: any module; a single layer too.
-        to: "manual_ops", or "torch" to take it back. The fused layers (`BatchNormReLU2d`, ...) have no twin in torch
-            and stay.
+        to: "manual_ops", or "torch" to take it back, what `fuse` and `lean` did included. Fused layers of the model's
+            own (`BatchNormReLU2d`, ...) have no twin in torch and stay.
+        fuse: put a `BatchNormReLU` layer where a ReLU follows a batch norm, or the sum of a batch norm and a residual,
+            in a `torch.nn.Sequential` or in the forward of a module that torch.fx can trace; a warning names a module
+            that it cannot. Layers that have hooks or are used in several places stay as they are. State dicts fit.
         lean: True lets `model` run in lean mode (see `manual_ops.lean`) whenever it is called, by two hooks on it;
             False takes them away; None leaves this as it is. Going back to torch takes them away too.
 
@@ -49,11 +60,15 @@ def convert(model: Model, to: Literal["manual_ops", "torch"] = "manual_ops", *, 
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if to not in ("manual_ops", "torch"):
         raise ValueError(f"convert: to must be 'manual_ops' or 'torch', got {to!r}")
+    if to == "torch":
+        unfuse(model)
     twins = TWINS if to == "manual_ops" else {ours: theirs for theirs, ours in TWINS.items()}
     for module in model.modules():
         layer_type = parametrize.type_before_parametrizations(module)
         if layer_type in twins:
             module.__class__ = _with_parametrizations_of(module, twins[layer_type])
+    if fuse and to == "manual_ops":
+        fuse_layers(model)
     if lean is not None or to == "torch":
         _set_lean(model, bool(lean) and to == "manual_ops")
     return model
