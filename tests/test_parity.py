@@ -725,16 +725,6 @@ DIFFERENCES = [
         lambda call: call.name == "batch_norm" and call.args[0].values == "huge",
     ),
     Difference(
-        "torch cannot differentiate the loss by weight and pos_weight and refuses them; ours has those derivatives.",
-        "is not differentiable with respect to argu",
-        Call("binary_cross_entropy_with_logits", (_image_of(F32, 4), _image_of(F32, 4), T((4,), F32))),
-    ),
-    Difference(
-        "What is no tensor is a TypeError; torch calls a method of it.",
-        "torch AttributeError: .* ours TypeError",
-        Call("tanh", (1.0,)),
-    ),
-    Difference(
         "The gradient of relu6 at NaN: torch's vectorised loop stops it, the loop over the last elements passes it, "
         "as ours does.",
         "^gradient",
@@ -763,39 +753,6 @@ DIFFERENCES = [
         "pixels.",
         "torch (a result|IndexError).*weight must have one entry per class",
         Call("cross_entropy", (_image_of(F32, 1, 3, 2, 2), _indices(1, 2, 2), T((1, 3), F32, grad=False))),
-    ),
-    Difference(
-        "Where the strides of input and target disagree, and the target's are no memory format, torch's 'none' "
-        "has the target's and ours the input's.",
-        "^strides",
-        Call(
-            "binary_cross_entropy_with_logits",
-            (_image_of(F32, 3, 4), _image_of(F32, 3, 4, layout="transposed")),
-            {"reduction": "none"},
-        ),
-        _about("binary_cross_entropy_with_logits"),
-    ),
-    Difference(
-        "The target's gradient at an infinite logit under pos_weight: torch's is infinite, ours inf - inf.",
-        "^gradient",
-        Call(
-            "binary_cross_entropy_with_logits",
-            (_image_of(F32, 4, values="inf"), _image_of(F32, 4)),
-            {"pos_weight": T((4,), F32, grad=False)},
-        ),
-        lambda call: (
-            call.name == "binary_cross_entropy_with_logits"
-            and call.args[0].values in ("inf", "-inf", "all -inf", "nans")
-        ),
-    ),
-    Difference(
-        "The deprecated name of 'mean', which torch's mse_loss takes without a weight only.",
-        "Invalid reduction mode: elementwise_mean",
-        Call(
-            "mse_loss",
-            (_image_of(F32, 4), _image_of(F32, 4)),
-            {"reduction": "elementwise_mean", "weight": T((4,), F32)},
-        ),
     ),
 ]
 
