@@ -210,12 +210,18 @@ def pool_output_size(op: str, input_size: Sequence[int], window: Window, ceil_mo
 
 def check_adaptive_rank(op: str, axes: int, input: torch.Tensor, output_size: Any) -> None:
     """Raises the ValueError of torch, ahead of all else, where several output sizes meet an input without as many."""
-    several = axes > 1 and hasattr(output_size, "__len__") and getattr(output_size, "ndim", True)
-    if several and input.dim() <= len(output_size):
+    if axes > 1 and _has_entries(output_size) and input.dim() <= len(output_size):
         raise ValueError(
             f"{op}: input must have more dimensions than output_size={output_size!r} has entries, got the shape "
             f"{tuple(input.shape)}"
         )
+
+
+def _has_entries(size: Any) -> bool:
+    """Whether `size` is a sequence, an array or a tensor of some dimension."""
+    if isinstance(size, (int, torch.SymInt)):  # torch.compile has no hasattr for its symbolic ints
+        return False
+    return hasattr(size, "__len__") and bool(getattr(size, "ndim", True))
 
 
 def adaptive_output_size(op: str, input_size: Sequence[int], output_size: Any) -> list[int]:
@@ -226,7 +232,7 @@ def adaptive_output_size(op: str, input_size: Sequence[int], output_size: Any) -
         RuntimeError: for the wrong number of ints, and for negative ones.
     """
     axes = len(input_size)
-    if axes > 1 and hasattr(output_size, "__len__") and getattr(output_size, "ndim", True):
+    if axes > 1 and _has_entries(output_size):
         output_size = list(output_size)  # an array, a tensor or a range too, where None may stand for a size
     listed = isinstance(output_size, (tuple, list))
     if axes > 1 and not listed and not isinstance(output_size, (int, torch.SymInt)):
