@@ -32,6 +32,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manual_ops import geometry, modes
@@ -382,6 +383,16 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     Args, returns and errors are those of `relu`.
     """
     return _activation("relu6", "relu6", input, None, inplace)
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """min(max(x, min_val), max_val): `torch.nn.functional.hardtanh`.
+
+    Between 0 and 6, as `torch.nn.ReLU6` calls it, it is `relu6`; between other bounds it is torch's own.
+    """
+    if (min_val, max_val) == (0.0, 6.0):
+        return relu6(input, inplace)
+    return F.hardtanh(input, min_val, max_val, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:

@@ -4,11 +4,11 @@ With input x and target t, elementwise,
 
     squared error   l = (x - t)^2                                        dl/dx = 2 (x - t)           dl/dt = -dl/dx
     cross-entropy   l = (1 - t) x + q sp(-x),   q = 1 + (p - 1) t        dl/dx = q S(x) - p t
-                    dl/dt = p sp(-x) - sp(x),   -x for p = 1             dl/dp = t sp(-x)
+                    dl/dt = -x + (p - 1) sp(-x)                          dl/dp = t sp(-x)
 
 where S is the logistic sigmoid, p is pos_weight (1 where there is none), and sp(-x) = log(1 + exp(-x)) = -log S(x), for
-which S'/S = 1 - S gives the slope above; and x = sp(x) - sp(-x). Written sp(-x) = max(-x, 0) + log(1 + exp(-|x|))
-nothing overflows; and sp(-x) is the loss itself at t = 1, p = 1.
+which S'/S = 1 - S gives the slope above. Written sp(-x) = max(-x, 0) + log(1 + exp(-|x|)) nothing overflows; and sp(-x)
+is the loss itself at t = 1, p = 1.
 
 A reduced loss is s * sum of l, with s = 1 or 1/n, so its backward is the slope times s * grad_output. That product is a
 Function again, linear in grad_output, with
@@ -305,10 +305,7 @@ def _softplus(input: Tensor, target: Tensor, backend: str) -> Tensor:
 
 
 def _slope_by_target(input: Tensor, target: Tensor, pos_weight: Tensor | None, backend: str) -> Tensor:
-    """Not -x + (p - 1) sp(-x), which is the difference of two infinities for x = -inf."""
-    if pos_weight is None:
-        return -input
-    return pos_weight * _softplus(input, target, backend) - _softplus(-input, target, backend)
+    return -input if pos_weight is None else (pos_weight - 1) * _softplus(input, target, backend) - input
 
 
 class BceWithLogitsBackward(ManualFunction):

@@ -344,6 +344,30 @@ def max_pool3d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return _max_pool("max_pool3d", 3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
+def max_pool1d_with_indices(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """`max_pool1d`, with the positions of the winners whatever return_indices says, as torch's function of the name."""
+    op = "max_pool1d_with_indices"
+    return _max_pool(op, 1, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
+def max_pool2d_with_indices(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """`max_pool2d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    op = "max_pool2d_with_indices"
+    return _max_pool(op, 2, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
+def max_pool3d_with_indices(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """`max_pool3d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    op = "max_pool3d_with_indices"
+    return _max_pool(op, 3, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
 def _adaptive_max_pool(op, axes, input, output_size, return_indices):
     geometry.check_tensor(op, "input", input)
     geometry.check_adaptive_rank(op, axes, input, output_size)
@@ -388,3 +412,18 @@ def adaptive_max_pool3d(input, output_size, return_indices=False):
     Args, returns and errors are those of `adaptive_max_pool1d`, with input (N, C, D, H, W) or (C, D, H, W).
     """
     return _adaptive_max_pool("adaptive_max_pool3d", 3, input, output_size, return_indices)
+
+
+def adaptive_max_pool1d_with_indices(input, output_size, return_indices=False):
+    """`adaptive_max_pool1d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    return _adaptive_max_pool("adaptive_max_pool1d_with_indices", 1, input, output_size, True)
+
+
+def adaptive_max_pool2d_with_indices(input, output_size, return_indices=False):
+    """`adaptive_max_pool2d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    return _adaptive_max_pool("adaptive_max_pool2d_with_indices", 2, input, output_size, True)
+
+
+def adaptive_max_pool3d_with_indices(input, output_size, return_indices=False):
+    """`adaptive_max_pool3d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    return _adaptive_max_pool("adaptive_max_pool3d_with_indices", 3, input, output_size, True)
