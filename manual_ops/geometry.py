@@ -81,6 +81,14 @@ def check_tensor(op: str, argument: str, value: Any) -> None:
         raise NotATensor(f"{op}: {argument} must be a Tensor, got {type(value).__name__}")
 
 
+def check_alike(op: str, argument: str, value: torch.Tensor, input: torch.Tensor, *attributes: str) -> None:
+    """Raises RuntimeError unless `value` has these attributes (shape, dtype, device) of the input."""
+    for attribute in attributes:
+        wanted, found = getattr(input, attribute), getattr(value, attribute)
+        if found != wanted:
+            raise RuntimeError(f"{op}: {argument} must have the {attribute} of input, {wanted}, got {found}")
+
+
 def check_floating(op: str, argument: str, value: torch.Tensor) -> None:
     """Raises NotImplementedError unless `value` has one of the four floating dtypes that the kernels compute in."""
     if value.dtype not in FLOATING_DTYPES:

@@ -727,6 +727,17 @@ DIFFERENCES = [
         lambda call: call.name == "batch_norm" and call.args[0].values == "huge",
     ),
     Difference(
+        "Where the strides of input and target disagree, and the target's are no memory format, torch's 'none' "
+        "has the target's and ours the input's.",
+        "^strides",
+        Call(
+            "binary_cross_entropy_with_logits",
+            (_image_of(F32, 3, 4), _image_of(F32, 3, 4, layout="transposed")),
+            {"reduction": "none"},
+        ),
+        _about("binary_cross_entropy_with_logits"),
+    ),
+    Difference(
         "The target's gradient at an infinite logit under pos_weight: torch's is infinite, ours inf - inf.",
         "^gradient",
         Call(

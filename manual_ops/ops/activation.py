@@ -37,7 +37,7 @@ from torch import Tensor
 
 from manual_ops import geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms, transforms_active
-from manual_ops.kernel import Kernel, kernel
+from manual_ops.kernel import Kernel, in_front, kernel
 
 
 class Activation(NamedTuple):
@@ -200,12 +200,9 @@ def _backward_kernel(name: str, options: str) -> Kernel:
         )
 
     @backward.batch_rule
-    def _(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        operands = [
-            arg.unsqueeze(0).expand(batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            for arg, dim in zip(args[:2], in_dims, strict=False)
-        ]
-        return op(*operands, *args[2:]), 0
+    def _(op: Any, batch_size: int, in_dims: Any, grad_output: Tensor, saved: Tensor, *options: Any) -> Any:
+        operands = in_front(grad_output, in_dims[0], batch_size), in_front(saved, in_dims[1], batch_size)
+        return op(*operands, *options), 0
 
     return backward
 

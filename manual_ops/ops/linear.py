@@ -116,10 +116,7 @@ def _check(input: Any, weight: Any, bias: Any) -> None:
     if bias is not None:
         operands["bias"] = bias
     for name, operand in operands.items():
-        if operand.dtype != input.dtype:
-            raise RuntimeError(f"linear: {name} must have the input's dtype {input.dtype}, got {operand.dtype}")
-        if operand.device != input.device:
-            raise RuntimeError(f"linear: {name} must be on the input's device {input.device}, got {operand.device}")
+        geometry.check_alike("linear", name, operand, input, "dtype", "device")
     geometry.check_floating("linear", "input", input)
     if weight.dim() == 1 and bias is not None and (bias.dim() > 0 or input.dim() == 2):
         raise RuntimeError(

@@ -364,18 +364,9 @@ def _bends(input: Tensor, target: Tensor, pos_weight: Tensor | None, backend: st
     return (1 + (pos_weight - 1) * target) * s * (1 - s), (pos_weight - 1) * s - pos_weight, target * (s - 1)
 
 
-def _in_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
-    """The values of one tensor in the layout that an elementwise result of another has."""
-    steps = _empty(other).stride()
-    order = sorted(range(tensor.dim()), key=lambda dim: -steps[dim])
-    inverse = sorted(range(tensor.dim()), key=lambda place: order[place])
-    return tensor.permute(order).contiguous().permute(inverse)
-
-
 def _check_operand(op: str, name: str, operand: Any, input: Tensor) -> None:
     geometry.check_tensor(op, name, operand)
-    if operand.device != input.device:
-        raise RuntimeError(f"{op}: {name} must be on the input's device {input.device}, got {operand.device}")
+    geometry.check_alike(op, name, operand, input, "device")
 
 
 def _check_broadcasts(op: str, name: str, operand: Tensor, input: Tensor) -> None:
@@ -500,8 +491,8 @@ def binary_cross_entropy_with_logits(
     dtype = torch.promote_types(input.dtype, target.dtype)
     x, t = input.to(dtype), target.to(dtype)
     p = None if pos_weight is None else pos_weight.to(dtype).expand(x.shape)
-    if reduction == "none" and x.stride() != t.stride():
-        x = _in_layout_of(x, t)  # which the output then has too
+    if reduction == "none" and t.is_contiguous(memory_format=geometry.channels_last_format(t)):
+        x = x.contiguous(memory_format=geometry.channels_last_format(t))  # the output has the target's layout
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         for name, factor in factors.items():
             if factor is not None and factor.requires_grad:
