@@ -103,7 +103,7 @@ class Call:
     cotangent: str = "normal"
 
     def make(self, dtype=None):
-        """Its arguments; with a dtype every floating one is that and contiguous, of the values that it has here."""
+        """Its arguments; with a dtype every floating one is computed in that, from the values that it has here."""
         kwargs = {name: _made(value, dtype) for name, value in self.kwargs.items()}
         return [_made(arg, dtype) for arg in self.args], kwargs
 
@@ -118,8 +118,10 @@ def _made(value, dtype):
     tensor = value.make()
     if dtype is None or not tensor.is_floating_point():
         return tensor
-    # Contiguous, because torch's batch_norm reads a weight with strides as if it had none.
-    return tensor.detach().to(dtype).contiguous().requires_grad_(tensor.requires_grad)
+    exact = tensor.detach().to(dtype)
+    if tensor.dim() == 1:
+        exact = exact.contiguous()  # torch's batch_norm reads a weight with strides as if it had none
+    return exact.requires_grad_(tensor.requires_grad)
 
 
 # How calls are drawn: `pick` chooses one of its arguments.
