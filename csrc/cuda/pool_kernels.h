@@ -16,8 +16,8 @@ constexpr int kPoolThreads = 256;
 // Loads to have under way, and sums to have done by threads side by side: the threads that fill a GPU.
 constexpr int64_t kFillingThreads = int64_t{1} << 18;
 
-// What is left of a window's values in max pooling: the largest and its tap, -1 before one has taken the lead. A value
-// takes it if it is larger, or NaN: so the first of equals wins, and the last NaN.
+// What is left of a window's values in max pooling: the largest and its tap, -1 before any has come. A value takes
+// the lead if it is larger, or NaN: so the first of equals wins, and the last NaN.
 template <class A>
 struct Largest {
   A value;
@@ -25,6 +25,7 @@ struct Largest {
 
   CU_DEVICE static Largest nothing() { return {-std::numeric_limits<A>::infinity(), -1}; }
 
+  CU_DEVICE void start(A other, int32_t other_code) { *this = {other, other_code}; }
   // Taps must come in their order.
   CU_DEVICE void take(A other, int32_t other_code) {
     const bool better = other > value || other != other;
@@ -47,6 +48,7 @@ struct Sum {
   static constexpr int32_t code = 0;
 
   CU_DEVICE static Sum nothing() { return {0}; }
+  CU_DEVICE void start(A other, int32_t) { value = other; }
   CU_DEVICE void take(A other, int32_t) { value += other; }
   CU_DEVICE void merge(const Sum& other) { value += other.value; }
 };
@@ -60,30 +62,50 @@ CU_DEVICE void clear(Reduced (&reduced)[N]) {
   for (int n = 0; n < N; ++n) reduced[n] = Reduced::nothing();
 }
 
-// What an output becomes of its window's values: of N lanes, at `offset`.
-template <bool kMax, int N, class Index, class T, class Reduced>
-CU_DEVICE void finish(const PoolArguments<Index>& p, Index depth, Index row, Index column, const Reduced (&reduced)[N],
-                      Index offset, T* output, const NewWinners& winners, accumulate_t<T> same_divisor) {
-  using A = accumulate_t<T>;
+// The tap that leads before any has taken the lead: the first that is not before the input.
+template <class Index>
+CU_DEVICE int32_t first_tap(const PoolArguments<Index>& p, Index depth, Index row, Index column) {
+  const Index taps = (p.d.window(depth).tap * p.h.taps + p.h.window(row).tap) * p.w.taps + p.w.window(column).tap;
+  return static_cast<int32_t>(taps);
+}
+
+template <class A, class Index>
+CU_DEVICE A divisor_of(const PoolArguments<Index>& p, Index depth, Index row, Index column) {
+  return static_cast<A>(p.d.divisor(depth)) * static_cast<A>(p.h.divisor(row)) * static_cast<A>(p.w.divisor(column));
+}
+
+// What N outputs at `offset` become of their windows' values. `first`: their first tap.
+template <int N, class Index, class T, class A>
+CU_DEVICE void finish(const Largest<A> (&reduced)[N], int32_t first, Index offset, T* output,
+                      const NewWinners& winners) {
   Pack<T, N> values;
-  if constexpr (kMax) {
-    // Where nobody took the lead it is with the first tap that is not before the input.
-    const Index first = (p.d.window(depth).tap * p.h.taps + p.h.window(row).tap) * p.w.taps + p.w.window(column).tap;
-    Pack<int32_t, N> codes;
+  Pack<int32_t, N> codes;
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      values.at[n] = static_cast<T>(reduced[n].value);
-      codes.at[n] = reduced[n].code < 0 ? static_cast<int32_t>(first) : reduced[n].code;
-    }
-    store_codes<N>(winners, offset, codes);
-  } else {
-    const A divisor = same_divisor != 0 ? same_divisor
-                                        : static_cast<A>(p.d.divisor(depth)) * static_cast<A>(p.h.divisor(row)) *
-                                              static_cast<A>(p.w.divisor(column));
-#pragma unroll
-    for (int n = 0; n < N; ++n) values.at[n] = static_cast<T>(reduced[n].value / divisor);
+  for (int n = 0; n < N; ++n) {
+    values.at[n] = static_cast<T>(reduced[n].value);
+    codes.at[n] = reduced[n].value == Largest<A>::nothing().value ? first : reduced[n].code;
   }
   store<N>(output + offset, values);
+  store_codes<N>(winners, offset, codes);
+}
+
+template <int N, class Index, class T, class A>
+CU_DEVICE void finish(const Sum<A> (&reduced)[N], A divisor, Index offset, T* output) {
+  Pack<T, N> values;
+#pragma unroll
+  for (int n = 0; n < N; ++n) values.at[n] = static_cast<T>(reduced[n].value / divisor);
+  store<N>(output + offset, values);
+}
+
+// The same for outputs of which only the place is known. `same_divisor`: of all windows, or 0.
+template <bool kMax, int N, class Index, class T, class Reduced, class A = accumulate_t<T>>
+CU_DEVICE void finish_at(const PoolArguments<Index>& p, Index depth, Index row, Index column,
+                         const Reduced (&reduced)[N], Index offset, T* output, const NewWinners& winners,
+                         accumulate_t<T> same_divisor) {
+  if constexpr (kMax)
+    finish(reduced, first_tap(p, depth, row, column), offset, output, winners);
+  else
+    finish(reduced, same_divisor != 0 ? same_divisor : divisor_of<A>(p, depth, row, column), offset, output);
 }
 
 // Forward, any windows: a thread reads all taps of an output. Rows are reduced before they are put together.
@@ -116,7 +138,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     }
   }
   const Index offset = p.output_row(at.image, at.depth, at.row) + at.column * p.pitch + at.lane * N;
-  finish<kMax>(p, at.depth, at.row, at.column, all, offset, output, winners, same_divisor);
+  finish_at<kMax>(p, at.depth, at.row, at.column, all, offset, output, winners, same_divisor);
 }
 
 // Forward, windows of K x K taps at stride S: a thread computes R outputs, one below the other, and reduces each row of
@@ -130,42 +152,49 @@ __global__ void __launch_bounds__(kPoolThreads)
   if (index >= items.count) return;
   const auto at = items.at(index);
   const int32_t first = at.row * R, x = at.column * S - p.w.padding, y = first * S - p.h.padding;
+  const int32_t row_pitch = p.w.input * p.pitch;
   const T* from = input + p.input_row(at.image, 0, 0) + at.lane * N;
+  bool column_inside[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) column_inside[k] = x + k >= 0 && x + k < p.w.input;
   Reduced<kMax, A> all[R][N];
 #pragma unroll
-  for (int o = 0; o < R; ++o) clear(all[o]);
-#pragma unroll
   for (int r = 0; r < (R - 1) * S + K; ++r) {
-    // All loads before the first use. What is outside changes nothing, and -inf never takes the lead.
+    // What is outside changes nothing. All loads come before the first use.
     const bool row_inside = y + r >= 0 && y + r < p.h.input;
     Pack<T, N> values[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
 #pragma unroll
       for (int n = 0; n < N; ++n) values[k].at[n] = static_cast<T>(Reduced<kMax, A>::nothing().value);
-      if (row_inside && x + k >= 0 && x + k < p.w.input)
-        values[k] = load<N>(from + ((y + r) * p.w.input + x + k) * p.pitch);
+      if (row_inside && column_inside[k]) values[k] = load<N>(from + (y + r) * row_pitch + (x + k) * p.pitch);
     }
     Reduced<kMax, A> row[N];
-    clear(row);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int n = 0; n < N; ++n) {
+      row[n].start(static_cast<A>(values[0].at[n]), 0);
 #pragma unroll
-      for (int n = 0; n < N; ++n) row[n].take(static_cast<A>(values[k].at[n]), k);
+      for (int k = 1; k < K; ++k) row[n].take(static_cast<A>(values[k].at[n]), k);
     }
 #pragma unroll
     for (int o = 0; o < R; ++o) {
-      if (const int tap = r - o * S; tap >= 0 && tap < K) {
+      const int tap = r - o * S;
 #pragma unroll
-        for (int n = 0; n < N; ++n) all[o][n].take(row[n].value, tap * K + row[n].code);
+      for (int n = 0; n < N; ++n) {
+        if (tap == 0) all[o][n] = row[n];
+        if (tap > 0 && tap < K) all[o][n].take(row[n].value, tap * K + row[n].code);
       }
     }
   }
+  const int32_t offset = p.output_row(at.image, 0, first) + at.column * p.pitch + at.lane * N;
 #pragma unroll
   for (int o = 0; o < R; ++o) {
     if (first + o < p.h.output) {
-      const int32_t offset = p.output_row(at.image, 0, first + o) + at.column * p.pitch + at.lane * N;
-      finish<kMax>(p, 0, first + o, at.column, all[o], offset, output, winners, same_divisor);
+      const int32_t to = offset + o * p.w.output * p.pitch;
+      if constexpr (kMax)
+        finish(all[o], max(-(y + o * S), 0) * K + max(-x, 0), to, output, {winners.bytes, nullptr});
+      else
+        finish(all[o], same_divisor != 0 ? same_divisor : divisor_of<A>(p, 0, first + o, at.column), to, output);
     }
   }
 }
@@ -254,7 +283,7 @@ __global__ void __launch_bounds__(kPoolThreads)
 #pragma unroll
     for (int n = 0; n < kLanes; ++n) partials[chunk * (items.count * kLanes) + offset + n] = result[n];
   } else {
-    finish<kMax>(p, at.depth, at.row, at.column, result, offset, output, winners, same_divisor);
+    finish_at<kMax>(p, at.depth, at.row, at.column, result, offset, output, winners, same_divisor);
   }
 }
 
@@ -274,15 +303,14 @@ __global__ void __launch_bounds__(kPoolThreads)
   merge_workers<1>(mine, worker, kWarp, 1);
   if (!active || worker > 0) return;
   const auto at = items.at(index);
-  finish<kMax>(p, at.depth, at.row, at.column, mine, index, output, winners, same_divisor);
+  finish_at<kMax>(p, at.depth, at.row, at.column, mine, index, output, winners, same_divisor);
 }
 
 // What an output adds to an input that it reads: all of its gradient where the input won, or its share.
 template <bool kMax, class Index, class A>
 CU_DEVICE A share_of(const PoolArguments<Index>& p, Index depth, Index row, Index column, A same_share) {
   if (kMax || same_share != 0) return kMax ? A(1) : same_share;
-  return 1 /
-         (static_cast<A>(p.d.divisor(depth)) * static_cast<A>(p.h.divisor(row)) * static_cast<A>(p.w.divisor(column)));
+  return 1 / divisor_of<A>(p, depth, row, column);
 }
 
 // Backward, any windows: a thread collects the gradients of `rows` inputs, one below the other.
@@ -309,7 +337,8 @@ __global__ void __launch_bounds__(kPoolThreads)
           if constexpr (kMax) {
             const Pack<int32_t, N> codes = load_codes<N>(winners, row + ow * p.pitch);
 #pragma unroll
-            for (int n = 0; n < N; ++n) sum[n] += codes.at[n] == base + w_tap ? static_cast<A>(grad.at[n]) : A(0);
+            for (int n = 0; n < N; ++n)
+              if (codes.at[n] == base + w_tap) sum[n] += static_cast<A>(grad.at[n]);
           } else {
             const A share = share_of<kMax>(p, od, oh, ow, same_share);
 #pragma unroll
@@ -325,21 +354,21 @@ __global__ void __launch_bounds__(kPoolThreads)
   }
 }
 
-// Backward of contiguous tensors, windows of K x K taps at stride S whose padding is P modulo S: a thread owns R blocks
-// of S x S inputs, one below the other, and reads each output that covers them once. Block a of an axis, inputs S*a ..
-// S*a+S-1, is read by outputs a + padding/S + c, c = kFirst .. kLast, its l-th input by tap P + l - S*c.
-template <bool kMax, int K, int S, int P, int R, class T>
+// Backward, windows of K x K taps at stride S whose padding is P modulo S: a thread owns R blocks of S x S inputs, one
+// below the other, and reads each output that covers them once. Block a of an axis, inputs S*a .. S*a+S-1, is read by
+// outputs a + padding/S + c, c = kFirst .. kLast, its l-th input by tap P + l - S*c.
+template <bool kMax, int K, int S, int P, int R, int N, class T>
 __global__ void __launch_bounds__(kPoolThreads)
-    pool_gather_blocks_kernel(PoolArguments<int32_t> p, PoolItems<int32_t> items, bool whole_blocks,
-                              const T* grad_output, Winners winners, T* grad_input, accumulate_t<T> same_share) {
+    pool_gather_blocks_kernel(PoolArguments<int32_t> p, PoolItems<int32_t> items, bool whole_rows, const T* grad_output,
+                              Winners winners, T* grad_input, accumulate_t<T> same_share) {
   using A = accumulate_t<T>;
   constexpr int kFirst = -((K - 1 - P) / S), kLast = (P + S - 1) / S;
   const int32_t index = thread_index<int32_t>();
   if (index >= items.count) return;
   const auto at = items.at(index);
   const int32_t block = at.row * R, oh_0 = block + p.h.padding / S, ow_0 = at.column + p.w.padding / S;
-  const int32_t plane = p.output_row(at.image, 0, 0);
-  A sum[S * R][S] = {};
+  const int32_t plane = p.output_row(at.image, 0, 0) + at.lane * N, row_pitch = p.w.output * p.pitch;
+  A sum[S * R][S][N] = {};
 #pragma unroll
   for (int e = kFirst; e < kLast + R; ++e) {
     const int32_t oh = oh_0 + e;
@@ -347,19 +376,26 @@ __global__ void __launch_bounds__(kPoolThreads)
     for (int c = kFirst; c <= kLast; ++c) {
       const int32_t ow = ow_0 + c;
       const bool inside = oh >= 0 && oh < p.h.output && ow >= 0 && ow < p.w.output;
-      const int32_t offset = plane + oh * p.w.output + ow;
-      A grad = 0;
-      int code = -1;
-      if (inside) grad = static_cast<A>(grad_output[offset]);
-      if (kMax && inside) code = winners.bytes[offset];
-      if (!kMax && inside) grad *= share_of<kMax>(p, 0, oh, ow, same_share);
+      const int32_t offset = plane + oh * row_pitch + ow * p.pitch;
+      Pack<T, N> grad = {};
+      Pack<uint8_t, N> codes;
 #pragma unroll
-      for (int i = 0; i < S * R; ++i) {
+      for (int n = 0; n < N; ++n) codes.at[n] = K * K;
+      if (inside) grad = load<N>(grad_output + offset);
+      if (kMax && inside) codes = load<N>(winners.bytes + offset);
+      const A share = !kMax && inside ? share_of<kMax>(p, 0, oh, ow, same_share) : A(1);
 #pragma unroll
-        for (int j = 0; j < S; ++j) {
-          const int h_tap = P + i - S * e, w_tap = P + j - S * c;
-          if (h_tap >= 0 && h_tap < K && w_tap >= 0 && w_tap < K)
-            sum[i][j] += !kMax || code == h_tap * K + w_tap ? grad : A(0);
+      for (int n = 0; n < N; ++n) {
+        const A value = static_cast<A>(grad.at[n]) * share;
+        const int code = codes.at[n];
+#pragma unroll
+        for (int i = 0; i < S * R; ++i) {
+#pragma unroll
+          for (int j = 0; j < S; ++j) {
+            const int h_tap = P + i - S * e, w_tap = P + j - S * c;
+            if (h_tap >= 0 && h_tap < K && w_tap >= 0 && w_tap < K && (!kMax || code == h_tap * K + w_tap))
+              sum[i][j][n] += value;
+          }
         }
       }
     }
@@ -368,16 +404,25 @@ __global__ void __launch_bounds__(kPoolThreads)
 #pragma unroll
   for (int i = 0; i < S * R; ++i) {
     if (block * S + i < p.h.input) {
-      T* to = grad_input + p.input_row(at.image, 0, block * S + i) + column;
-      if (whole_blocks) {
-        Pack<T, S> values;
+      T* to = grad_input + p.input_row(at.image, 0, block * S + i) + column * p.pitch + at.lane * N;
+      Pack<T, S * N> values;
 #pragma unroll
-        for (int j = 0; j < S; ++j) values.at[j] = static_cast<T>(sum[i][j]);
-        store<S>(to, values);
-      } else {
+      for (int j = 0; j < S; ++j) {
 #pragma unroll
-        for (int j = 0; j < S; ++j)
-          if (column + j < p.w.input) to[j] = static_cast<T>(sum[i][j]);
+        for (int n = 0; n < N; ++n) values.at[j * N + n] = static_cast<T>(sum[i][j][n]);
+      }
+      if constexpr (N == 1) {
+        if (whole_rows) {
+          store<S>(to, values);
+          continue;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < S; ++j) {
+        Pack<T, N> pixel;
+#pragma unroll
+        for (int n = 0; n < N; ++n) pixel.at[n] = values.at[j * N + n];
+        if (column + j < p.w.input) store<N>(to + j * p.pitch, pixel);
       }
     }
   }
@@ -414,7 +459,9 @@ __global__ void __launch_bounds__(kPoolThreads)
   if (first + N <= count) {
     store<N>(grad_input + first, values);
   } else {
-    for (Index i = first; i < count; ++i) grad_input[i] = values.at[i - first];
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (first + n < count) grad_input[first + n] = values.at[n];
   }
 }
 
@@ -547,22 +594,26 @@ void pool_forward(const CudaGuard& guard, const PoolPlan& plan, const Tensor& li
 template <bool kMax, class T>
 bool pool_backward_by_blocks(const CudaGuard& guard, const PoolPlan& plan, const T* grad_output, const Winners& winners,
                              T* grad_input, accumulate_t<T> same_share) {
-  if (plan.pitch > 1 || (kMax && winners.bytes == nullptr)) return false;
+  if (kMax && winners.bytes == nullptr) return false;
   bool done = false;
   for_common_window<T>(plan, [&](auto taps, auto stride) {
-    constexpr int K = decltype(taps)::value, S = decltype(stride)::value, R = 4;
-    const auto launch = [&](auto padding) {
-      constexpr int P = decltype(padding)::value;
-      if (plan.h.padding % S != P || plan.w.padding % S != P) return;
-      const int64_t strips = quotient_up(quotient_up(plan.h.input, S), R);
-      const PoolItems<int32_t> items(plan.images, 1, strips, quotient_up(plan.w.input, S), 1);
-      CU_LAUNCH(guard, (pool_gather_blocks_kernel<kMax, K, S, P, R, T>), blocks_for(items.count, kPoolThreads),
-                kPoolThreads, 0, PoolArguments<int32_t>(plan), items, plan.w.input % S == 0, grad_output, winners,
-                grad_input, same_share);
-      done = true;
-    };
-    launch(std::integral_constant<int, 0>{});
-    if constexpr (K == 3 && S == 2) launch(std::integral_constant<int, 1>{});
+    for_pack<4>(plan, aligned(grad_output, grad_input, winners), [&](auto pack) {
+      constexpr int K = decltype(taps)::value, S = decltype(stride)::value, N = decltype(pack)::value;
+      constexpr int R = N == 1 ? (S == 1 ? 8 : 4) : (S == 1 ? 4 : 1);
+      const auto launch = [&](auto padding) {
+        constexpr int P = decltype(padding)::value;
+        if (plan.h.padding % S != P || plan.w.padding % S != P) return;
+        const int64_t strips = quotient_up(quotient_up(plan.h.input, S), R);
+        const PoolItems<int32_t> items(plan.images, 1, strips, quotient_up(plan.w.input, S), plan.pitch / N);
+        const bool whole_rows = plan.pitch == 1 && plan.w.input % S == 0;
+        CU_LAUNCH(guard, (pool_gather_blocks_kernel<kMax, K, S, P, R, N, T>), blocks_for(items.count, kPoolThreads),
+                  kPoolThreads, 0, PoolArguments<int32_t>(plan), items, whole_rows, grad_output, winners, grad_input,
+                  same_share);
+        done = true;
+      };
+      launch(std::integral_constant<int, 0>{});
+      if constexpr (K == 3 && S == 2) launch(std::integral_constant<int, 1>{});
+    });
   });
   return done;
 }
