@@ -13,7 +13,10 @@
 namespace manual_ops {
 
 constexpr int kPoolThreads = 256;
-// Loads to have under way, and sums to have done by threads side by side: the threads that fill a GPU.
+// Blocks that a multiprocessor has room for at least. Without a number nvcc 12 spills registers to make room for more.
+template <class Index>
+constexpr int kPoolBlocks = sizeof(Index) == 4 ? 3 : 2;
+// Threads that keep a GPU busy; where outputs give fewer, large windows are shared out.
 constexpr int64_t kFillingThreads = int64_t{1} << 18;
 
 // What is left of a window's values in max pooling: the largest and its tap, -1 before any has come. A value takes
@@ -26,6 +29,7 @@ struct Largest {
   CU_DEVICE static Largest nothing() { return {-std::numeric_limits<A>::infinity(), -1}; }
 
   CU_DEVICE void start(A other, int32_t other_code) { *this = {other, other_code}; }
+
   // Taps must come in their order.
   CU_DEVICE void take(A other, int32_t other_code) {
     const bool better = other > value || other != other;
@@ -110,7 +114,7 @@ CU_DEVICE void finish_at(const PoolArguments<Index>& p, Index depth, Index row, 
 
 // Forward, any windows: a thread reads all taps of an output. Rows are reduced before they are put together.
 template <bool kMax, int N, class Index, class T>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<Index>)
     pool_windows_kernel(PoolArguments<Index> p, PoolItems<Index> items, const T* input, T* output, NewWinners winners,
                         accumulate_t<T> same_divisor) {
   using A = accumulate_t<T>;
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   Reduced<kMax, A> all[R][N];
 #pragma unroll
   for (int r = 0; r < (R - 1) * S + K; ++r) {
-    // What is outside changes nothing. All loads come before the first use.
+    // Loads that do not wait for each other. What is outside changes nothing.
     const bool row_inside = y + r >= 0 && y + r < p.h.input;
     Pack<T, N> values[K];
 #pragma unroll
@@ -233,7 +237,7 @@ CU_DEVICE void merge_workers(Reduced (&mine)[N], int worker, int workers, int st
 // Forward, large windows. kAlong: the packs lie along the rows of contiguous tensors, and windows consist of whole
 // ones. With more than one chunk the results go to `partials`, chunk by chunk, in the outputs' order.
 template <bool kMax, bool kAlong, int N, class Index, class T>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<Index>)
     pool_crew_kernel(PoolArguments<Index> p, PoolItems<Index> items, PoolCrew crew, unsigned blocks, const T* input,
                      T* output, NewWinners winners, Reduced<kMax, accumulate_t<T>>* partials,
                      accumulate_t<T> same_divisor) {
@@ -294,7 +298,7 @@ __global__ void __launch_bounds__(kPoolThreads)
                        const Reduced<kMax, accumulate_t<T>>* partials, T* output, NewWinners winners,
                        accumulate_t<T> same_divisor) {
   const int worker = static_cast<int>(threadIdx.x) % kWarp;
-  const Index index = thread_index<Index>() / kWarp;
+  const Index index = static_cast<Index>(blockIdx.x) * (kPoolThreads / kWarp) + threadIdx.x / kWarp;
   const bool active = index < items.count;
   Reduced<kMax, accumulate_t<T>> mine[1];
   clear(mine);
@@ -315,7 +319,7 @@ CU_DEVICE A share_of(const PoolArguments<Index>& p, Index depth, Index row, Inde
 
 // Backward, any windows: a thread collects the gradients of `rows` inputs, one below the other.
 template <bool kMax, int N, class Index, class T>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, kPoolBlocks<Index>)
     pool_gather_kernel(PoolArguments<Index> p, PoolItems<Index> items, int rows, const T* grad_output, Winners winners,
                        T* grad_input, accumulate_t<T> same_share) {
   using A = accumulate_t<T>;
@@ -438,8 +442,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   if (first >= count) return;
   Index image = p.w.by_input.quotient(first), pixel = first - image * p.w.input;
   const auto value_of = [&](Index of) {
-    return static_cast<T>(static_cast<A>(grad_output[of]) *
-                          share_of<kMax>(p, Index(0), Index(0), Index(0), same_share));
+    return kMax ? grad_output[of] : static_cast<T>(static_cast<A>(grad_output[of]) * same_share);
   };
   const auto winner_of = [&](Index of) { return kMax ? load_codes<1>(winners, of).at[0] : 0; };
   T value = value_of(image);
@@ -503,7 +506,8 @@ inline int64_t power_of_2_from(int64_t value) {
 
 // The crew for windows of packs of `pack` columns, and outputs of which `lanes` lie side by side.
 inline PoolCrew crew_for(const PoolPlan& plan, int64_t pack, int64_t lanes) {
-  constexpr int64_t kTaps = 8, kTapsOfChunk = 16, kMostTaps = 256;  // that a worker reads: to aim at, and the limits
+  // What a worker reads: to aim at, to be worth a second kernel, and at most, which bounds the rounding of long sums.
+  constexpr int64_t kTaps = 8, kTapsOfChunk = 16, kMostTaps = 256;
   const int64_t columns = quotient_up(plan.w.taps, pack), rows = plan.h.taps, taps = plan.d.taps * rows * columns;
   const int64_t outputs = plan.images * plan.output_pixels() * lanes;
   const int64_t side_by_side = plan.pitch > 1 ? std::min<int64_t>(32, power_of_2_from(outputs)) : 1;
@@ -561,7 +565,7 @@ void pool_forward(const CudaGuard& guard, const PoolPlan& plan, const Tensor& li
   const bool common = for_common_window<T>(plan, [&](auto taps, auto stride) {
     for_pack<4>(plan, packs, [&](auto pack) {
       constexpr int K = decltype(taps)::value, S = decltype(stride)::value, N = decltype(pack)::value;
-      constexpr int R = N == 1 ? 4 : 2;
+      constexpr int R = N > 1 ? 2 : S == 1 ? 8 : 4;
       const PoolItems<int32_t> items(plan.images, 1, quotient_up(plan.h.output, R), plan.w.output, plan.pitch / N);
       CU_LAUNCH(guard, (pool_strip_kernel<kMax, K, S, R, N, T>), blocks_for(items.count, kPoolThreads), kPoolThreads, 0,
                 PoolArguments<int32_t>(plan), items, input, output, winners, same_divisor);
@@ -638,8 +642,8 @@ void pool_backward(const CudaGuard& guard, const PoolPlan& plan, const T* grad_o
     constexpr int kPack = sizeof(Index) == 4 ? kWidest<T> : 1;
     for_pack<kPack>(plan, aligned(grad_output, grad_input, winners), [&](auto pack) {
       constexpr int N = decltype(pack)::value;
-      const int rows =
-          plan.pitch > 1 ? 1 : 4;  // what columns have in common is worth sharing where a thread has one lane
+      // Where a thread has one lane, several rows share the work on their column.
+      const int rows = plan.pitch > 1 ? 1 : 4;
       const PoolItems<Index> items(plan.images, plan.d.input, quotient_up(plan.h.input, rows), plan.w.input,
                                    plan.pitch / N);
       CU_LAUNCH(guard, (pool_gather_kernel<kMax, N, Index, T>), blocks_for(items.count, kPoolThreads), kPoolThreads, 0,
