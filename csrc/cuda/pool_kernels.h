@@ -13,7 +13,7 @@
 namespace manual_ops {
 
 constexpr int kPoolThreads = 256;
-// Blocks that a multiprocessor has room for at least. Without a number nvcc 12 spills registers to make room for more.
+// Blocks that a multiprocessor has room for at least. Without a number nvcc 13 spills registers to make room for more.
 template <class Index>
 constexpr int kPoolBlocks = sizeof(Index) == 4 ? 3 : 2;
 // Threads that keep a GPU busy; where outputs give fewer, large windows are shared out.
