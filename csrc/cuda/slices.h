@@ -1,12 +1,13 @@
 // How threads share the slices of a tensor (outer, classes, inner), a slice being the classes of a row or of a pixel.
 //
 // A team of threads works on a slice. Each thread holds a chunk of K packs of N neighbours in registers, and a slice
-// takes as many chunks as it needs. Where the classes are neighbours in memory (inner = 1) a team is
+// takes as many chunks as it needs (a single one, known so to the compiler, where the team is kWhole). Where the
+// classes are neighbours in memory (inner = 1) a team is
 //   - lanes of a warp, one to all 32 of them, for short rows: packs lie along the classes;
 //   - a block, for longer rows: the packs are those of memory, the first and the last of a row may be in part its own.
-// Where pixels are neighbours, the threads of a block form `lanes` lines along them, so that accesses coalesce: a thread
-// has the N slices of its pack, and the threads of a column are the team.
-// Where there are few slices with very many classes, each is cut in parts, for blocks of their own.
+// Where pixels are neighbours, the threads of a block form `lanes` lines along them, so that accesses coalesce: a
+// thread has the N slices of its pack, and the threads of a column are the team. Where there are few slices with very
+// many classes, each is cut in parts, for blocks of their own.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,8 @@
 
 namespace manual_ops {
 
-// Values of a chunk, with `streams` tensors read at a time: 128 bytes a thread as they are computed with.
+// Values of a row's chunk, with `streams` tensors read at a time: 128 bytes a thread as they are computed with. A
+// column's chunk has half of them, to leave registers for what a thread knows of each of its slices.
 template <class T, int streams>
 constexpr int kChunkValues = 128 / static_cast<int>(sizeof(accumulate_t<T>)) / streams;
 // A lane of a short row has so many: lanes for more rows then fit the multiprocessor.
@@ -44,14 +46,15 @@ class SliceDivider {
 struct SliceWork {
   int64_t group_slices, classes, inner;
   SliceDivider by_inner;
-  int64_t part;       // classes of a part, of which there are gridDim.y
-  int64_t tiles;      // of a group: what its blocks work on in turn
-  int group_blocks;   // blocks of a group
-  int lanes;          // threads of a team
-  int misalignment;   // of a tensor's first element, in elements
+  int64_t part;      // classes of a part, of which there are gridDim.y
+  int64_t tiles;     // of a group: what its blocks work on in turn
+  int group_blocks;  // blocks of a group
+  int lanes;         // threads of a team
+  int misalignment;  // of a tensor's first element, in elements
 };
 
-// A row, by `lanes` threads. `kShared`: its first and last pack may be shared with other rows, or be outside the tensor.
+// A row, by `lanes` threads. `kShared`: its first and last pack may be shared with other rows, or be outside the
+// tensor.
 template <int N, int K, bool kShared>
 class RowTeam {
  public:
@@ -84,6 +87,11 @@ class RowTeam {
   CU_DEVICE bool holds(int position) const { return position < end_ && (!kShared || position >= begin_); }
   // The class at position 0.
   CU_DEVICE int64_t class_offset() const { return class_offset_; }
+  // The position of a class, -1 if it is in another part.
+  CU_DEVICE int position_of(int64_t index) const {
+    const int64_t position = index - class_offset_;
+    return position >= 0 && position < end_ ? static_cast<int>(position) : -1;
+  }
 
   // The chunk's values, `neutral` where there is none.
   template <class T, class A>
@@ -132,11 +140,14 @@ class RowTeam {
 template <int N, int K>
 class WarpTeam : public RowTeam<N, K, false> {
  public:
-  static constexpr int kThreads = 256, kBlocks = N * K > kFewValues ? 4 : 5;
+  static constexpr int kThreads = 256, kBlocks = N * K > kFewValues ? 3 : 4;
+  static constexpr bool kWhole = true;
 
   CU_DEVICE WarpTeam(const SliceWork& work, int64_t group, int64_t tile)
       : RowTeam<N, K, false>(work, group, (tile * blockDim.x + threadIdx.x) / work.lanes, threadIdx.x % work.lanes,
                              work.lanes) {}
+
+  CU_DEVICE int chunks() const { return 1; }
 
   // Every thread of the team gets the result. `neutral` changes nothing.
   template <class A, class Combine>
@@ -149,7 +160,8 @@ class WarpTeam : public RowTeam<N, K, false> {
 template <int N, int K>
 class BlockTeam : public RowTeam<N, K, true> {
  public:
-  static constexpr int kThreads = 512, kBlocks = 2;
+  static constexpr int kThreads = 384, kBlocks = 2;
+  static constexpr bool kWhole = false;
 
   CU_DEVICE BlockTeam(const SliceWork& work, int64_t group, int64_t tile)
       : RowTeam<N, K, true>(work, group, tile, threadIdx.x, blockDim.x) {}
@@ -164,7 +176,8 @@ class BlockTeam : public RowTeam<N, K, true> {
 template <int N, int K>
 class ColumnTeam {
  public:
-  static constexpr int kThreads = 256, kBlocks = N == 1 ? 4 : 3, kPack = N, kPacks = K, kSlices = N;
+  static constexpr int kThreads = 256, kBlocks = 4, kPack = N, kPacks = K, kSlices = N;
+  static constexpr bool kWhole = false;
 
   CU_DEVICE ColumnTeam(const SliceWork& work, int64_t group, int64_t tile)
       : lanes_(work.lanes), width_(blockDim.x / work.lanes), group_(group), inner_(work.inner) {
@@ -191,14 +204,18 @@ class ColumnTeam {
   CU_DEVICE int position(int chunk, int k, int) const { return (chunk * K + k) * lanes_ + lane_; }
   CU_DEVICE bool holds(int position) const { return position < end_; }
   CU_DEVICE int64_t class_offset() const { return class_offset_; }
+  CU_DEVICE int position_of(int64_t index) const {
+    const int64_t position = index - class_offset_;
+    return position >= 0 && position < end_ ? static_cast<int>(position) : -1;
+  }
 
   template <class T, class A>
   CU_DEVICE void load_chunk(const T* from, int chunk, A neutral, A (&values)[K][N]) const {
+    int64_t at = element(0, class_offset_ + position(chunk, 0, 0));
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int at = position(chunk, k, 0);
-      if (at < end_) {
-        const Pack<T, N> pack = load<N>(from + element(0, class_offset_ + at));
+    for (int k = 0; k < K; ++k, at += lanes_ * inner_) {
+      if (holds(position(chunk, k, 0))) {
+        const Pack<T, N> pack = load<N>(from + at);
 #pragma unroll
         for (int j = 0; j < N; ++j) values[k][j] = static_cast<A>(pack.at[j]);
       } else {
@@ -209,14 +226,14 @@ class ColumnTeam {
   }
   template <class T, class A>
   CU_DEVICE void store_chunk(T* to, int chunk, const A (&values)[K][N]) const {
+    int64_t at = element(0, class_offset_ + position(chunk, 0, 0));
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int at = position(chunk, k, 0);
-      if (at >= end_) break;
+    for (int k = 0; k < K; ++k, at += lanes_ * inner_) {
+      if (!holds(position(chunk, k, 0))) break;
       Pack<T, N> pack;
 #pragma unroll
       for (int j = 0; j < N; ++j) pack.at[j] = static_cast<T>(values[k][j]);
-      store<N>(to + element(0, class_offset_ + at), pack);
+      store<N>(to + at, pack);
     }
   }
 
@@ -225,20 +242,30 @@ class ColumnTeam {
     CU_SHARED(A, shared, [kThreads * N]);
     if (lanes_ == 1) return;
     __syncthreads();  // the values of an earlier call have been read
+    put(shared, value);
+    for (int half = lanes_ / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (lane_ >= half) continue;
+      const Pack<A, N> other = load<N>(shared + (threadIdx.x + half * width_) * N);
+#pragma unroll
+      for (int j = 0; j < N; ++j) value[j] = combine(value[j], other.at[j]);
+      put(shared, value);
+    }
+    __syncthreads();
+    const Pack<A, N> result = load<N>(shared + threadIdx.x % width_ * N);
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] = result.at[j];
+  }
+
+ private:
+  template <class A>
+  CU_DEVICE void put(A* shared, const A (&value)[N]) const {
     Pack<A, N> pack;
 #pragma unroll
     for (int j = 0; j < N; ++j) pack.at[j] = value[j];
     store<N>(shared + threadIdx.x * N, pack);
-    __syncthreads();
-    const int column = threadIdx.x % width_;
-    for (int lane = 0; lane < lanes_; ++lane) {
-      pack = load<N>(shared + (lane * width_ + column) * N);
-#pragma unroll
-      for (int j = 0; j < N; ++j) value[j] = lane == 0 ? pack.at[j] : combine(value[j], pack.at[j]);
-    }
   }
 
- private:
   int lane_, lanes_, width_;
   int64_t group_, slice_, inner_, first_, class_offset_;  // first_: of the first slice's first class, in elements
   bool active_;
@@ -286,6 +313,9 @@ constexpr int64_t kPartValues = 8192;
 // Positions in a part are counted in 32 bits.
 constexpr int64_t kLongestPart = int64_t{1} << 30;
 
+// Blocks enough where nothing is summed over slices.
+constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
+
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 inline int next_power_of_2(int64_t value) {
@@ -294,7 +324,16 @@ inline int next_power_of_2(int64_t value) {
   return power;
 }
 
-// `most_blocks` of a group share its tiles. `parts`: whether slices may be cut; a part's results must then be merged.
+// At most `most_blocks` share the tiles of all groups, or one block a group.
+inline void set_blocks(SlicePlan& plan, int64_t groups, int64_t tile_slices, int64_t most_blocks) {
+  SliceWork& work = plan.work;
+  work.tiles = (work.group_slices + tile_slices - 1) / tile_slices;
+  const int64_t most = std::max<int64_t>(1, std::min(most_blocks, kIndexLimit) / std::max<int64_t>(1, groups));
+  work.group_blocks = static_cast<int>(std::min(work.tiles, most));
+  plan.blocks = static_cast<unsigned>(groups * work.group_blocks);
+}
+
+// `pointers`: the tensors that are read or written chunk by chunk.
 template <class T, int streams, class... Pointers>
 SlicePlan plan_slices(const SliceShape& shape, int64_t most_blocks, Pointers... pointers) {
   constexpr int kWide = kWidest<T>, kMany = kChunkValues<T, streams>;
@@ -311,42 +350,39 @@ SlicePlan plan_slices(const SliceShape& shape, int64_t most_blocks, Pointers... 
     constexpr int kPack = kColumnPack<T>;
     const bool aligned = inner % kPack == 0 && all_aligned(sizeof(T) * kPack, pointers...);
     plan.team = aligned ? TeamKind::column : TeamKind::unaligned_column;
-    const int pack = aligned ? kPack : 1, packs = aligned ? kMany / kPack : kFewValues;
-    work.lanes = next_power_of_2(std::min<int64_t>(16, (classes + packs - 1) / packs));
+    const int pack = aligned ? kPack : 1, packs = aligned ? kMany / kPack / 2 : kFewValues;
+    work.lanes = next_power_of_2(std::min<int64_t>(32, (classes + packs - 1) / packs));
     int64_t width = 256 / work.lanes;
     const auto blocks = [&] { return groups * ((group_slices + width * pack - 1) / (width * pack)); };
-    if (blocks() < kEnoughBlocks && classes > work.lanes * packs) {
-      work.lanes *= 2;
-      width /= 2;
-    }
     while (width > 8 && width * work.lanes > kWarp && blocks() < kEnoughBlocks) width /= 2;
     tile_slices = width * pack;
     plan.threads = static_cast<unsigned>(width * work.lanes);
   } else {
-    const bool aligned = classes % kWide == 0 && all_aligned(sizeof(T) * kWide, pointers...);
-    const uintptr_t phase = address % (sizeof(T) * kWide);
-    const bool one_phase = ((reinterpret_cast<uintptr_t>(pointers) % (sizeof(T) * kWide) == phase) && ...);
-    if (classes <= (aligned ? kMany : kFewValues) * kWarp || !one_phase) {
-      const bool small = !aligned || classes <= kFewValues * kWarp;
-      plan.team = !aligned ? TeamKind::unaligned_warp : small ? TeamKind::small_warp : TeamKind::large_warp;
-      const int values = small ? kFewValues : kMany;
-      work.lanes = next_power_of_2(std::min<int64_t>(kWarp, (classes + values - 1) / values));
+    const uintptr_t pack_bytes = sizeof(T) * kWide, phase = address % pack_bytes;
+    const bool one_phase = ((reinterpret_cast<uintptr_t>(pointers) % pack_bytes == phase) && ...);
+    const bool aligned = one_phase && phase == 0 && classes % kWide == 0;
+    if (classes <= (aligned ? kMany : kFewValues) * kWarp) {
+      const bool few = classes <= kFewValues * kWarp;
+      plan.team = !aligned ? TeamKind::unaligned_warp : few ? TeamKind::small_warp : TeamKind::large_warp;
+      const int values = few ? kFewValues : kMany;
+      work.lanes = next_power_of_2((classes + values - 1) / values);
       plan.threads = 256;
-      const auto blocks = [&] { return groups * group_slices * work.lanes / plan.threads; };
-      while (plan.threads > kWarp && blocks() < kEnoughBlocks) plan.threads /= 2;
+      while (plan.threads > kWarp && groups * group_slices * work.lanes / plan.threads < kEnoughBlocks)
+        plan.threads /= 2;
       tile_slices = plan.threads / work.lanes;
-    } else {
+    } else if (one_phase) {
       plan.team = TeamKind::block;
       work.misalignment = static_cast<int>(phase / sizeof(T));
       part_multiple = kWide;
-      plan.threads = static_cast<unsigned>(std::min<int64_t>(512, round_up((classes + kMany - 1) / kMany, kWarp)));
+      plan.threads = static_cast<unsigned>(std::min<int64_t>(384, round_up((classes + kMany - 1) / kMany, kWarp)));
+      tile_slices = 1;
+    } else {  // a column of all threads, whose neighbours are classes
+      plan.team = TeamKind::unaligned_column;
+      plan.threads = work.lanes = 256;
       tile_slices = 1;
     }
   }
-  work.tiles = (group_slices + tile_slices - 1) / tile_slices;
-  work.group_blocks = static_cast<int>(
-      std::min(work.tiles, std::max<int64_t>(1, std::min(most_blocks, kIndexLimit) / std::max<int64_t>(1, groups))));
-  plan.blocks = static_cast<unsigned>(groups * work.group_blocks);
+  set_blocks(plan, groups, tile_slices, most_blocks);
 
   const int64_t positions = classes + part_multiple - 1;  // with those of a pack that is shared with the row before
   int64_t parts = (positions + kLongestPart - 1) / kLongestPart;
@@ -379,28 +415,25 @@ void launch_slices(const CudaGuard& guard, const SlicePlan& plan, const Operatio
     case TeamKind::block:
       return launch_team<BlockTeam<kWide, kMany / kWide>>(guard, plan, operation);
     case TeamKind::column:
-      return launch_team<ColumnTeam<kColumn, kMany / kColumn>>(guard, plan, operation);
+      return launch_team<ColumnTeam<kColumn, kMany / kColumn / 2>>(guard, plan, operation);
     case TeamKind::unaligned_column:
       return launch_team<ColumnTeam<1, kFewValues>>(guard, plan, operation);
   }
 }
 
-// A launch in which teams have the results of a plan's parts to read, and no values.
-inline SlicePlan plan_of_merge(const SliceShape& shape, int64_t most_blocks) {
+// For launches that read no chunks: single slices, by `lanes` threads each.
+inline SlicePlan plan_of_lookup(const SliceShape& shape, int64_t most_blocks, int lanes) {
+  const auto& [groups, group_slices, classes, inner] = shape;
   SlicePlan plan;
-  SliceWork& work = plan.work;
-  work.group_slices = shape.group_slices;
-  work.classes = shape.classes;
-  work.inner = shape.inner;
-  work.by_inner = SliceDivider(shape.inner, shape.groups * shape.group_slices);
-  plan.team = shape.inner > 1 ? TeamKind::unaligned_column : TeamKind::unaligned_warp;
+  plan.team = TeamKind::unaligned_column;
   plan.threads = 256;
-  work.lanes = shape.inner > 1 ? 16 : kWarp;
-  const int64_t tile_slices = plan.threads / work.lanes;
-  work.tiles = (shape.group_slices + tile_slices - 1) / tile_slices;
-  work.group_blocks =
-      static_cast<int>(std::min(work.tiles, std::max<int64_t>(1, most_blocks / std::max<int64_t>(1, shape.groups))));
-  plan.blocks = static_cast<unsigned>(shape.groups * work.group_blocks);
+  SliceWork& work = plan.work;
+  work.group_slices = group_slices;
+  work.classes = classes;
+  work.inner = inner;
+  work.by_inner = SliceDivider(inner, groups * group_slices);
+  work.lanes = lanes;
+  set_blocks(plan, groups, 256 / lanes, most_blocks);
   return plan;
 }
 
@@ -416,9 +449,7 @@ struct Parts {
   int count = 1;
 
   // The i-th of `size` numbers.
-  CU_DEVICE A& at(int64_t slice, int part, int i, int size) const {
-    return numbers[(slice * count + part) * size + i];
-  }
+  CU_DEVICE A& at(int64_t slice, int part, int i, int size) const { return numbers[(slice * count + part) * size + i]; }
 };
 
 template <class A>

@@ -9,13 +9,6 @@ namespace manual_ops {
 
 namespace {
 
-// visit(chunk, held) for the chunks of a team, the last one first. It is held if this launch has read it already.
-template <class Team, class Visit>
-CU_DEVICE void for_each_chunk_back(const Team& team, Stage stage, const Visit& visit) {
-  const int last = team.chunks() - 1;
-  for (int chunk = last; chunk >= 0; --chunk) visit(chunk, chunk == last && stage == Stage::whole);
-}
-
 template <class T, bool kLog>
 struct SoftmaxForward {
   using A = accumulate_t<T>;
@@ -30,7 +23,7 @@ struct SoftmaxForward {
     for_each_tile<Team>(work, [&](const Team& team) {
       Chunk<Team, A> x;  // or exp(x - m) with the thread's own maximum m
       SoftmaxStatistics<Team, A> statistics;
-      if (parts.stage == Stage::merge) {
+      if (!Team::kWhole && parts.stage == Stage::merge) {
         statistics.add_parts(team, parts);
       } else {
         for (int chunk = 0; chunk < team.chunks(); ++chunk) {
@@ -42,7 +35,7 @@ struct SoftmaxForward {
 #pragma unroll
       for (int v = 0; v < Team::kSlices; ++v) held_scale[v] = statistics.maximum[v];
       statistics.combine(team);
-      if (parts.stage == Stage::part) return statistics.store_part(team, parts);
+      if (!Team::kWhole && parts.stage == Stage::part) return statistics.store_part(team, parts);
       statistics.finish();
 #pragma unroll
       for (int v = 0; v < Team::kSlices; ++v) {
@@ -80,7 +73,7 @@ struct SoftmaxInputGrad {
     for_each_tile<Team>(work, [&](const Team& team) {
       Chunk<Team, A> g, y;
       A sum[Team::kSlices] = {};
-      if (parts.stage == Stage::merge) {
+      if (!Team::kWhole && parts.stage == Stage::merge) {
         add_part_sums(team, parts, sum);
       } else {
         for (int chunk = 0; chunk < team.chunks(); ++chunk) {
@@ -95,7 +88,7 @@ struct SoftmaxInputGrad {
         }
       }
       team.reduce(sum, A(0), Plus<A>());
-      if (parts.stage == Stage::part) return store_part_sum(team, parts, sum);
+      if (!Team::kWhole && parts.stage == Stage::part) return store_part_sum(team, parts, sum);
 
       for_each_chunk_back(team, parts.stage, [&](int chunk, bool held) {
         if (!held) load(team, chunk, g, y);
@@ -119,9 +112,6 @@ struct SoftmaxInputGrad {
     team.load_chunk(output, chunk, A(0), y);
   }
 };
-
-// Any number of blocks: nothing is summed over slices.
-constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 SliceShape shape_of(const Tensor& tensor, int64_t dim) {
   const Slices slices(tensor, dim);

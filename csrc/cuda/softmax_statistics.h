@@ -1,4 +1,5 @@
-// What softmax and cross-entropy share: the maximum and the sum of exponentials along the classes, found in one reading.
+// What softmax and cross-entropy share: the maximum and the sum of exponentials along the classes, found in one
+// reading.
 //
 // Every thread keeps the maximum m of what it has seen, and sum exp(x - m), which it scales down as m grows. The team
 // then agrees on the largest m, and adds the sums up. NaN is passed over by the maximum, it comes back in the sum.
@@ -34,6 +35,13 @@ CU_DEVICE void change_chunk(A (&x)[Team::kPacks][Team::kPack], const Change& cha
 #pragma unroll
     for (int j = 0; j < Team::kPack; ++j) x[k][j] = change(x[k][j], slice_of<Team>(j));
   }
+}
+
+// visit(chunk, held) for the chunks of a team, the last one first. It is held if this launch has read it already.
+template <class Team, class Visit>
+CU_DEVICE void for_each_chunk_back(const Team& team, Stage stage, const Visit& visit) {
+  const int last = team.chunks() - 1;
+  for (int chunk = last; chunk >= 0; --chunk) visit(chunk, Team::kWhole || (chunk == last && stage == Stage::whole));
 }
 
 // The values of a pack, combined with what the thread has of each of its slices.
