@@ -83,7 +83,7 @@ template <class T, Target kTarget>
 struct CrossEntropyForward {
   using A = accumulate_t<T>;
   static constexpr bool kIndexed = kTarget != Target::distribution, kWeighted = kTarget != Target::index;
-  static constexpr int kStreams = kIndexed ? 1 : 2, kNumbers = kWeighted ? 4 : 2;
+  static constexpr int kStreams = kWeighted ? 2 : 1, kNumbers = kWeighted ? 4 : 2;
 
   const T* input;
   const std::conditional_t<kIndexed, int64_t, T>* target;
@@ -175,10 +175,11 @@ struct RowGrads {
 };
 
 // row_grad * (W * p_c - w_c * q_c), W = sum_c w_c q_c. An ignored row is zero, or NaN where its softmax is.
-template <class T, bool kIndexed>
+template <class T, Target kTarget>
 struct CrossEntropyInputGrad {
   using A = accumulate_t<T>;
-  static constexpr int kStreams = kIndexed ? 1 : 2, kNumbers = 1;
+  static constexpr bool kIndexed = kTarget != Target::distribution;
+  static constexpr int kStreams = 2;  // or, for an index, registers for what a row needs beside its logits
 
   const T* input;
   const std::conditional_t<kIndexed, int64_t, T>* target;
@@ -186,7 +187,7 @@ struct CrossEntropyInputGrad {
   RowGrads<T> row_grads;
   const A *maxima, *log_sums;
   ClassWeight<T> weight;
-  const A* weight_sums;  // of the classes, where there are weights and they are asked for
+  const A* weight_sums;  // over the classes, where there are weights and smoothing
   A hard, soft;
   int64_t ignore_index;
   Parts<A> parts{};
@@ -219,7 +220,7 @@ struct CrossEntropyInputGrad {
   CU_DEVICE void by_index(const Team& team, int64_t classes, OfSlices<Team::kSlices>& grad,
                           const OfSlices<Team::kSlices>& maximum, const OfSlices<Team::kSlices>& log_sum,
                           OfSlices<Team::kSlices>& total) const {
-    A own[Team::kSlices], spread[Team::kSlices];
+    A own[Team::kSlices], spread[Team::kSlices];  // w_t (1 - eps) of the target, eps / C of all classes
     int own_position[Team::kSlices];
 #pragma unroll
     for (int v = 0; v < Team::kSlices; ++v) {
@@ -231,11 +232,11 @@ struct CrossEntropyInputGrad {
         grad[v] = 0;
         continue;
       }
-      own[v] = hard * weight.of(team.group(), index);
-      spread[v] = soft;
-      const A sum =
-          weight_sums == nullptr ? static_cast<A>(classes) : weight_sums[weight.between_samples > 0 ? team.group() : 0];
-      total[v] = own[v] + soft * sum;
+      own[v] = total[v] = hard * weight.of(team.group(), index);
+      if (kTarget == Target::smoothed_index) {
+        spread[v] = soft;
+        total[v] += soft * (weight.given() ? weight_sums[weight.between_samples > 0 ? team.group() : 0] : A(classes));
+      }
       own_position[v] = team.position_of(index);
     }
     for (int chunk = 0; chunk < team.chunks(); ++chunk) {
@@ -247,10 +248,9 @@ struct CrossEntropyInputGrad {
         for (int j = 0; j < Team::kPack; ++j) {
           const int v = slice_of<Team>(j), position = team.position(chunk, k, j);
           const A p = exp((x[k][j] - maximum[v]) - log_sum[v]);
-          A factor = spread[v];
-          if (soft != A(0) && weight.given() && team.holds(position))
-            factor *= weight.of(team.group(), team.class_offset() + position);
-          if (position == own_position[v]) factor += own[v];
+          A factor = position == own_position[v] ? own[v] : A(0);
+          if (kTarget == Target::smoothed_index && team.holds(position))
+            factor += spread[v] * weight.of(team.group(), team.class_offset() + position);
           x[k][j] = grad[v] * (total[v] * p - factor);
         }
       }
@@ -327,7 +327,6 @@ __global__ void weight_sums_kernel(const T* weight, int64_t classes, accumulate_
 template <class T>
 struct NllForward {
   using A = accumulate_t<T>;
-  static constexpr int kStreams = 1;
 
   const T* input;
   const int64_t* target;
@@ -576,33 +575,33 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
     const ClassWeight<T> weights = weight.values<T>();
     const A hard = static_cast<A>(1 - label_smoothing), soft = static_cast<A>(label_smoothing / rows.classes);
     const A* maxima = cu_input<A>(lse);
-    const auto gradient = [&](auto is_indexed, const A* weight_sums) {
-      constexpr bool indexed = is_indexed;
-      return CrossEntropyInputGrad<T, indexed>{cu_input<T>(input),
-                                               target_values<T, indexed>(target),
-                                               cu_output<T>(grad_input),
-                                               row_grads.values<T>(),
-                                               maxima,
-                                               maxima + rows.rows,
-                                               weights,
-                                               weight_sums,
-                                               hard,
-                                               soft,
-                                               ignore_index};
-    };
-    if (is_distribution(target)) {
-      const auto operation = gradient(std::false_type{}, nullptr);
-      return launch_in_stages<T>(guard, shape, kNoLimit, operation, input, operation.input, operation.target,
-                                 operation.grad_input);
-    }
-    const bool sums = weight.given && label_smoothing > 0;
-    const int64_t sets = sums ? weight.tensor.numel() / rows.classes : 0;
+    const bool summed = weight.given && label_smoothing > 0;
+    const int64_t sets = summed ? weight.tensor.numel() / rows.classes : 0;
     const Tensor weight_sums = new_tensor({sets}, accumulation_type(input.scalar_type()), input);
-    if (sums)
-      CU_LAUNCH(guard, weight_sums_kernel<T>, static_cast<unsigned>(sets), 256, 0, weights.values, rows.classes,
-                cu_output<A>(weight_sums));
-    const auto operation = gradient(std::true_type{}, sums ? data<A>(weight_sums) : nullptr);
-    launch_slices<T>(guard, plan_slices<T, 1>(shape, kNoLimit, operation.input, operation.grad_input), operation);
+    A* sums = summed ? cu_output<A>(weight_sums) : nullptr;
+    if (summed)
+      CU_LAUNCH(guard, weight_sums_kernel<T>, static_cast<unsigned>(sets), 256, 0, weights.values, rows.classes, sums);
+    for_target(target, label_smoothing, [&](auto kind) {
+      constexpr Target kTarget = kind;
+      using Gradient = CrossEntropyInputGrad<T, kTarget>;
+      const Gradient gradient{cu_input<T>(input),
+                              target_values<T, Gradient::kIndexed>(target),
+                              cu_output<T>(grad_input),
+                              row_grads.values<T>(),
+                              maxima,
+                              maxima + rows.rows,
+                              weights,
+                              sums,
+                              hard,
+                              soft,
+                              ignore_index};
+      if constexpr (Gradient::kIndexed)
+        launch_slices<T>(
+            guard, plan_slices<T, Gradient::kStreams>(shape, kNoLimit, gradient.input, gradient.grad_input), gradient);
+      else
+        launch_in_stages<T>(guard, shape, kNoLimit, 1, gradient, input, gradient.input, gradient.target,
+                            gradient.grad_input);
+    });
   });
   return grad_input;
 }

@@ -17,12 +17,13 @@
 
 namespace manual_ops {
 
-// Values of a row's chunk, with `streams` tensors read at a time: 128 bytes a thread as they are computed with. A
-// column's chunk has half of them, to leave registers for what a thread knows of each of its slices.
-template <class T, int streams>
-constexpr int kChunkValues = 128 / static_cast<int>(sizeof(accumulate_t<T>)) / streams;
-// A lane of a short row has so many: lanes for more rows then fit the multiprocessor.
+// A lane of a short row has so many values: lanes for more rows then fit the multiprocessor.
 constexpr int kFewValues = 8;
+// Values of a row's chunk, where a thread holds `streams` of them at a time: 128 bytes, as they are computed with. A
+// column's chunk has half of them, to leave registers for what a thread knows of each of its slices. Arithmetic in
+// double takes the registers itself.
+template <class T, int streams>
+constexpr int kChunkValues = std::is_same_v<T, double> ? kFewValues : 32 / streams;
 template <class T>
 constexpr int kColumnPack = kWidest<T> < 4 ? kWidest<T> : 4;
 
@@ -140,7 +141,7 @@ class RowTeam {
 template <int N, int K>
 class WarpTeam : public RowTeam<N, K, false> {
  public:
-  static constexpr int kThreads = 256, kBlocks = N * K > kFewValues ? 3 : 4;
+  static constexpr int kThreads = 256, kBlocks = N == 1 || N * K > kFewValues ? 3 : 4;
   static constexpr bool kWhole = true;
 
   CU_DEVICE WarpTeam(const SliceWork& work, int64_t group, int64_t tile)
@@ -176,7 +177,7 @@ class BlockTeam : public RowTeam<N, K, true> {
 template <int N, int K>
 class ColumnTeam {
  public:
-  static constexpr int kThreads = 256, kBlocks = 4, kPack = N, kPacks = K, kSlices = N;
+  static constexpr int kThreads = 256, kBlocks = N == 1 || K < 4 ? 3 : 4, kPack = N, kPacks = K, kSlices = N;
   static constexpr bool kWhole = false;
 
   CU_DEVICE ColumnTeam(const SliceWork& work, int64_t group, int64_t tile)

@@ -12,7 +12,7 @@ namespace {
 template <class T, bool kLog>
 struct SoftmaxForward {
   using A = accumulate_t<T>;
-  static constexpr int kStreams = 1, kNumbers = 2;
+  static constexpr int kStreams = 1;
 
   const T* input;
   T* output;
@@ -62,7 +62,7 @@ struct SoftmaxForward {
 template <class T, bool kLog>
 struct SoftmaxInputGrad {
   using A = accumulate_t<T>;
-  static constexpr int kStreams = 2, kNumbers = 1;
+  static constexpr int kStreams = 2;
 
   const T *grad_output, *output;
   T* grad_input;
@@ -128,7 +128,7 @@ Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
   for_floating_dtype(input.scalar_type(), "softmax", [&](auto scalar) {
     using T = decltype(scalar);
     const SoftmaxForward<T, kLog> forward{cu_input<T>(input), cu_output<T>(output)};
-    launch_in_stages<T>(guard, shape, kNoLimit, forward, input, forward.input, forward.output);
+    launch_in_stages<T>(guard, shape, kNoLimit, 2, forward, input, forward.input, forward.output);
   });
   return output;
 }
@@ -145,7 +145,7 @@ Tensor softmax_input_grad(const Tensor& grad_output_any, const Tensor& output_an
   for_floating_dtype(output.scalar_type(), "softmax", [&](auto scalar) {
     using T = decltype(scalar);
     const SoftmaxInputGrad<T, kLog> gradient{cu_input<T>(grad_output), cu_input<T>(output), cu_output<T>(grad_input)};
-    launch_in_stages<T>(guard, shape, kNoLimit, gradient, output, gradient.grad_output, gradient.output,
+    launch_in_stages<T>(guard, shape, kNoLimit, 1, gradient, output, gradient.grad_output, gradient.output,
                         gradient.grad_input);
   });
   return grad_input;

@@ -198,13 +198,14 @@ CU_DEVICE void add_part_sums(const Team& team, const Parts<A>& parts, A (&sum)[T
 }
 
 // Launches Operation, whose `parts` says what it works on: whole slices, or their parts and then, merged, the rest.
+// `numbers` is what it leaves of each part.
 template <class T, class Operation, class... Pointers>
-void launch_in_stages(const CudaGuard& guard, const SliceShape& shape, int64_t most_blocks, Operation operation,
-                      const Tensor& like, Pointers... pointers) {
+void launch_in_stages(const CudaGuard& guard, const SliceShape& shape, int64_t most_blocks, int numbers,
+                      Operation operation, const Tensor& like, Pointers... pointers) {
   using A = accumulate_t<T>;
   const SlicePlan plan = plan_slices<T, Operation::kStreams>(shape, most_blocks, pointers...);
   if (plan.parts == 1) return launch_slices<T>(guard, plan, operation);
-  const Tensor scratch = scratch_of_parts<A>(shape, plan, Operation::kNumbers, like);
+  const Tensor scratch = scratch_of_parts<A>(shape, plan, numbers, like);
   operation.parts = {Stage::part, cu_output<A>(scratch), static_cast<int>(plan.parts)};
   launch_slices<T>(guard, plan, operation);
   operation.parts.stage = Stage::merge;
