@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "cuda/cu.h"
@@ -273,7 +274,7 @@ class ColumnTeam {
   int end_;
 };
 
-// The part of the work that does not depend on the team: calls body(team) with what the block works on in turn.
+// body(team) for the tiles that the block works on in turn.
 template <class Team, class Body>
 CU_DEVICE void for_each_tile(const SliceWork& work, Body&& body) {
   const int64_t group = blockIdx.x / work.group_blocks;
@@ -314,7 +315,7 @@ constexpr int64_t kPartValues = 8192;
 // Positions in a part are counted in 32 bits.
 constexpr int64_t kLongestPart = int64_t{1} << 30;
 
-// Blocks enough where nothing is summed over slices.
+// For operations that sum nothing over slices: as many blocks as there are tiles.
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -346,7 +347,6 @@ SlicePlan plan_slices(const SliceShape& shape, int64_t most_blocks, Pointers... 
   work.inner = inner;
   work.by_inner = SliceDivider(inner, groups * group_slices);
   int64_t tile_slices, part_multiple = 1;
-  const uintptr_t address = std::max({reinterpret_cast<uintptr_t>(pointers)...});
   if (inner > 1) {
     constexpr int kPack = kColumnPack<T>;
     const bool aligned = inner % kPack == 0 && all_aligned(sizeof(T) * kPack, pointers...);
@@ -359,9 +359,9 @@ SlicePlan plan_slices(const SliceShape& shape, int64_t most_blocks, Pointers... 
     tile_slices = width * pack;
     plan.threads = static_cast<unsigned>(width * work.lanes);
   } else {
-    const uintptr_t pack_bytes = sizeof(T) * kWide, phase = address % pack_bytes;
-    const bool one_phase = ((reinterpret_cast<uintptr_t>(pointers) % pack_bytes == phase) && ...);
-    const bool aligned = one_phase && phase == 0 && classes % kWide == 0;
+    const uintptr_t phases[] = {reinterpret_cast<uintptr_t>(pointers) % (sizeof(T) * kWide)...};
+    const bool one_phase = std::count(std::begin(phases), std::end(phases), phases[0]) == std::ssize(phases);
+    const bool aligned = one_phase && phases[0] == 0 && classes % kWide == 0;
     if (classes <= (aligned ? kMany : kFewValues) * kWarp) {
       const bool few = classes <= kFewValues * kWarp;
       plan.team = !aligned ? TeamKind::unaligned_warp : few ? TeamKind::small_warp : TeamKind::large_warp;
@@ -373,7 +373,7 @@ SlicePlan plan_slices(const SliceShape& shape, int64_t most_blocks, Pointers... 
       tile_slices = plan.threads / work.lanes;
     } else if (one_phase) {
       plan.team = TeamKind::block;
-      work.misalignment = static_cast<int>(phase / sizeof(T));
+      work.misalignment = static_cast<int>(phases[0] / sizeof(T));
       part_multiple = kWide;
       plan.threads = static_cast<unsigned>(std::min<int64_t>(384, round_up((classes + kMany - 1) / kMany, kWarp)));
       tile_slices = 1;

@@ -12,7 +12,7 @@ namespace {
 template <class T, bool kLog>
 struct SoftmaxForward {
   using A = accumulate_t<T>;
-  static constexpr int kStreams = 1;
+  static constexpr int kStreams = kLog ? 2 : 1;  // the logits, and beside them their exponentials or in their place
 
   const T* input;
   T* output;

@@ -29,11 +29,11 @@ def _probabilities(shape, layout="contiguous"):
 
 # Rows: lanes of a warp, with packs and without, and a block; rows that share a pack, in parts, and read again. Then
 # columns: neighbours in packs and without, few classes and many, in chunks and in parts.
-SHAPES = [(5, 8), (7, 10), (70, 2), (2, 131), (3, 512), (2, 301), (3, 1027), (1, 20001), (2, 2, 4), (1, 19, 5, 5)]
-SHAPES += [(1, 300, 3, 3), (1, 600, 4, 8), (1, 700, 5, 5), (33, 5, 7)]
+SHAPES = [(5, 8), (7, 10), (2, 131), (3, 512), (2, 301), (1, 20001), (2, 2, 4), (1, 19, 5, 5), (1, 300, 3, 3)]
+SHAPES += [(1, 600, 4, 8), (1, 700, 5, 5), (33, 5, 7)]
 INPUTS = [Random(shape) for shape in SHAPES]
 INPUTS += [Random((3, 5, 4, 6), "channels_last"), Random((2, 8, 2, 2, 2), "channels_last")]
-INPUTS += [Random((3, 1027), layout) for layout in ("stepped", "offset")] + [Random((2, 4, 2, 8), "offset")]
+INPUTS += [Random((3, 1027), "stepped"), Random((3, 1027), "offset"), Random((2, 4, 2, 8), "offset")]
 SMALL = [Random((6, 5)), Random((6, 4, 4))]
 
 
@@ -81,11 +81,12 @@ CALLS = [
     *(
         call
         for input in SMALL
-        for reduction in ("none", "sum", "mean")
+        for reduction in ("none", "mean")
         for samples, weight in (((), _weight(input)), ((3,), _weight(input)), ((2, 3), _weight(input, 2, 3)))
         for kind in ({}, {"smoothing": 0.3}, {"distribution": True, "smoothing": 0.3})
         for call in _calls(input, reduction=reduction, samples=samples, weight=weight, **kind)
     ),
+    *_calls(SMALL[0], reduction="sum"),
     *(call for shape in ((0, 3), (0, 3, 2)) for call in _calls(Random(shape))),
     *_calls(Random((0, 3)), distribution=True),
     *(Call("cross_entropy_forward", (SPECIAL, t, None, "none", [], -100, 0.0)) for t in (FIRST, LAST)),
