@@ -1,0 +1,50 @@
+// Convolution: forward, input gradient (also the transposed convolution) and weight gradient.
+#include "convolution_operands.h"
+#include "cuda/convolution/dense.h"
+#include "cuda/cu.h"
+
+namespace manual_ops {
+
+namespace {
+
+Tensor conv_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const Sizes& output_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                    int64_t groups) {
+  const CudaGuard guard(input);
+  const Convolution c =
+      forward_operands("conv_forward", input, weight, bias, output_size, stride, padding, dilation, groups);
+  if (c.output.numel() > 0)
+    dense_forward(guard, c.geometry, c.channels_last, c.weight_last, c.input, c.weight, c.bias, c.output);
+  return c.output;
+}
+
+Tensor conv_input_grad(const Tensor& grad_output, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const Sizes& input_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
+                       int64_t groups) {
+  const CudaGuard guard(grad_output);
+  const Convolution c =
+      input_grad_operands("conv_input_grad", grad_output, weight, bias, input_size, stride, padding, dilation, groups);
+  if (c.input.numel() > 0)
+    dense_input_grad(guard, c.geometry, c.channels_last, c.weight_last, c.output, c.weight, c.bias, c.input);
+  return c.input;
+}
+
+Tensor conv_weight_grad(const Tensor& grad_output, const Tensor& input, const Sizes& kernel_size, const Sizes& stride,
+                        const Sizes& padding, const Sizes& dilation, int64_t groups) {
+  const CudaGuard guard(grad_output);
+  const Convolution c =
+      weight_grad_operands("conv_weight_grad", grad_output, input, kernel_size, stride, padding, dilation, groups);
+  if (c.weight.numel() > 0)
+    dense_weight_grad(guard, c.geometry, c.channels_last, c.weight_last, c.output, c.input, c.weight);
+  return c.weight;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(manual_ops, CU_KEY, m) {
+  m.impl("conv_forward", TORCH_BOX(&conv_forward));
+  m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
+  m.impl("conv_weight_grad", TORCH_BOX(&conv_weight_grad));
+}
+
+}  // namespace manual_ops
