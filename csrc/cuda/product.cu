@@ -12,6 +12,9 @@ namespace manual_ops {
 namespace {
 
 constexpr int kDepth = 8;
+// So many terms are summed in a row; the sums of such runs are added up in shared memory. Roundings grow with the
+// length of a run and the number of runs, not with all terms.
+constexpr int kRunSteps = 256 / kDepth;
 // The position along the depth axis of a row or a term that does not exist: with any other, and with each other, they
 // add up to one that is outside.
 constexpr uint32_t kNoRow = 1u << 31, kNoTerm = 1u << 30;
@@ -28,6 +31,9 @@ struct Tile {
 using Large = Tile<128, 64, 8, 8>;
 using Small = Tile<64, 32, 8, 4>;
 
+template <class T>
+constexpr bool has_runs = std::is_same_v<accumulate_t<T>, float>;
+
 // How the loads of x are shared by the threads of a warp.
 enum class Access {
   rows,   // a row each
@@ -35,13 +41,12 @@ enum class Access {
   terms,  // neighbouring terms
 };
 
-// What a row or a term adds to the places and the positions.
+// What a row or a term adds to the positions and the places.
 struct alignas(16) Place {
-  int64_t x;
-  uint32_t at[kAxes];
-  uint32_t unused;
-  int64_t other;
+  uint32_t at[4];  // an axis each, and one more for an access of 16 bytes
+  int64_t x, other;
 };
+static_assert(kAxes < 4);
 
 template <class T>
 struct Operands {
@@ -54,7 +59,8 @@ struct Operands {
 struct Grid {
   Size column_tiles, row_tiles, phases, groups;
   int64_t splits;
-  bool wide;  // rows or terms are too many for 32 bits
+  int64_t split_steps;  // of a split, at most
+  bool wide;            // rows or terms are too many for 32 bits
 };
 
 // The last digit of `index`, which loses it.
@@ -99,8 +105,10 @@ CU_DEVICE void begin_phase(const PhaseAxis& axis, int64_t source_step, int64_t p
   term = {source * source_step, first * axis.tap_step, static_cast<uint32_t>(source), size};
 }
 
-CU_DEVICE bool is_inside(const Place& row, const Place& term, const uint32_t (&inside)[kAxes]) {
-  return row.at[0] + term.at[0] < inside[0] && row.at[1] + term.at[1] < inside[1] && row.at[2] + term.at[2] < inside[2];
+// Without a branch, so that the loads that depend on it are predicated and all under way at once.
+CU_DEVICE bool is_inside(const Pack<uint32_t, 4>& row, const Place& term, const uint32_t (&inside)[kAxes]) {
+  const Pack<uint32_t, 4> at = load<4>(term.at);
+  return (row.at[0] + at.at[0] < inside[0]) & (row.at[1] + at.at[1] < inside[1]) & (row.at[2] + at.at[2] < inside[2]);
 }
 
 // Writes neighbouring results, those of them that are `valid`, at the places offset(0) < offset(1) < ...
@@ -204,6 +212,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   own_row.at[0] = kNoRow;
   if (thread < valid_rows) own_row = place_of(product.rows, begin_rows, first_row + thread, grid.wide);
   rows[thread] = own_row;
+  const Pack<uint32_t, 4> own_at = load<4>(own_row.at);
 
   // A thread loads y at y_term + i*y_term_step, y_column + i*y_column_step.
   const bool y_by_terms = product.y_by_terms;
@@ -231,27 +240,29 @@ __global__ void __launch_bounds__(Tile::kThreads)
   T y_next[kLoads];
   const auto fetch = [&](const Place* table) {
     if constexpr (access == Access::terms) {
-      const Place term = table[thread % kDepth];
+      const Place& term = table[thread % kDepth];
+      const int64_t place = term.x;
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
         const Place& row = rows[thread / kDepth + i * (kThreads / kDepth)];
         x_next[i].at[0] = static_cast<T>(0.0f);
-        if (is_inside(row, term, product.inside)) x_next[i].at[0] = x[row.x + term.x];
+        if (is_inside(load<4>(row.at), term, product.inside)) x_next[i].at[0] = x[row.x + place];
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kDepth / kPack; ++i) {
         const Place& term = table[i * kPack];
+        const int64_t place = term.x;
 #pragma unroll
         for (int n = 0; n < kPack; ++n) x_next[i].at[n] = static_cast<T>(0.0f);
-        if (is_inside(own_row, term, product.inside)) x_next[i] = load<kPack>(x + term.x);
+        if (is_inside(own_at, term, product.inside)) x_next[i] = load<kPack>(x + place);
       }
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int64_t place = table[y_term + i * y_term_step].other;
       y_next[i] = static_cast<T>(0.0f);
-      if (place >= 0 && y_column + i * y_column_step < valid_columns) y_next[i] = y[i * y_load_step + place];
+      if ((place >= 0) & (y_column + i * y_column_step < valid_columns)) y_next[i] = y[i * y_load_step + place];
     }
   };
   const auto put_fetched = [&](int buffer) {
@@ -293,7 +304,24 @@ __global__ void __launch_bounds__(Tile::kThreads)
     }
   };
 
-  int in_table = 0, buffer = 0;
+  // Float's sums of the runs so far, where there is more than one run.
+  bool has_totals = false;
+  const auto total = [&](int i, int j) -> A& {
+    return cu_dynamic_shared<A>()[(i * kThreadColumns + j) * kThreads + thread];
+  };
+  const auto end_run = [&] {
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kThreadColumns; ++j) {
+        total(i, j) = has_totals ? total(i, j) + sums[i][j] : sums[i][j];
+        sums[i][j] = 0;
+      }
+    }
+    has_totals = true;
+  };
+
+  int in_table = 0, in_run = 0, buffer = 0;
   fill_terms(step);
   __syncthreads();
   if (step < last_step) {
@@ -314,7 +342,19 @@ __global__ void __launch_bounds__(Tile::kThreads)
     accumulate(buffer);
     buffer ^= 1;
     if (more) put_fetched(buffer);
+    if constexpr (has_runs<T>) {
+      if (more && ++in_run == kRunSteps) {
+        in_run = 0;
+        end_run();
+      }
+    }
     __syncthreads();
+  }
+  if (has_totals) {
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kThreadColumns; ++j) sums[i][j] += total(i, j);
   }
 
   const int64_t place = group * product.group_output + first_column * product.column_output;
@@ -383,8 +423,8 @@ struct Cost {
   int64_t resident;       // blocks that a multiprocessor holds
   int64_t work, latency;
 };
-constexpr Cost kLargeCost{Large::kRows, Large::kColumns, 4, 700, 1000};
-constexpr Cost kSmallCost{Small::kRows, Small::kColumns, 10, 220, 700};
+constexpr Cost kLargeCost{Large::kRows, Large::kColumns, 3, 750, 1000};
+constexpr Cost kSmallCost{Small::kRows, Small::kColumns, 9, 240, 700};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -433,17 +473,21 @@ bool reads_packs(const Product& product, const T* x) {
   return whole;
 }
 
-template <class T, class Tile>
-void launch(const CudaGuard& guard, const Product& product, const Operands<T>& operands, const Grid& grid) {
+template <class T, class Tile, Access access>
+void launch_as(const CudaGuard& guard, const Product& product, const Operands<T>& operands, const Grid& grid) {
   const int64_t blocks =
       grid.column_tiles.value * grid.row_tiles.value * grid.phases.value * grid.groups.value * grid.splits;
   STD_TORCH_CHECK(blocks <= INT_MAX, product.name, ": the output is too large for one launch");
-  const auto launch_as = [&](auto kernel) {
-    CU_LAUNCH(guard, kernel, static_cast<unsigned>(blocks), Tile::kThreads, 0, product, operands, grid);
-  };
-  if (reads_packs(product, operands.x)) return launch_as(product_kernel<T, Tile, Access::packs>);
-  if (product.x_by_terms) return launch_as(product_kernel<T, Tile, Access::terms>);
-  launch_as(product_kernel<T, Tile, Access::rows>);
+  const bool has_totals = has_runs<T> && grid.split_steps > kRunSteps;
+  CU_LAUNCH(guard, (product_kernel<T, Tile, access>), static_cast<unsigned>(blocks), Tile::kThreads,
+            has_totals ? Tile::kRows * Tile::kColumns * sizeof(accumulate_t<T>) : 0, product, operands, grid);
+}
+
+template <class T, class Tile>
+void launch(const CudaGuard& guard, const Product& product, const Operands<T>& operands, const Grid& grid) {
+  if (reads_packs(product, operands.x)) return launch_as<T, Tile, Access::packs>(guard, product, operands, grid);
+  if (product.x_by_terms) return launch_as<T, Tile, Access::terms>(guard, product, operands, grid);
+  launch_as<T, Tile, Access::rows>(guard, product, operands, grid);
 }
 
 template <class T>
@@ -464,11 +508,16 @@ void multiply(const CudaGuard& guard, Product product, const Tensor& x, const Te
   if (x.numel() == 0 || y.numel() == 0) product.terms.lots = 0;
   const int64_t rows = most(product.rows), terms = most(product.terms);
   const int64_t phases = product.phases[0] * product.phases[1] * product.phases[2];
-  const Cut cut = cheapest(rows, product.columns, phases * product.groups, ceil_div(terms, kDepth), output.numel());
+  const int64_t steps = ceil_div(terms, kDepth);
+  const Cut cut = cheapest(rows, product.columns, phases * product.groups, steps, output.numel());
   const Cost& cost = cut.large ? kLargeCost : kSmallCost;
-  const Grid grid{
-      ceil_div(product.columns, cost.columns), ceil_div(rows, cost.rows), phases, product.groups, cut.splits,
-      std::max(rows, terms) >= index_limit()};
+  const Grid grid{.column_tiles = ceil_div(product.columns, cost.columns),
+                  .row_tiles = ceil_div(rows, cost.rows),
+                  .phases = phases,
+                  .groups = product.groups,
+                  .splits = cut.splits,
+                  .split_steps = ceil_div(steps, cut.splits),
+                  .wide = std::max(rows, terms) >= index_limit()};
   for_floating_dtype(output.scalar_type(), product.name, [&](auto scalar) {
     using T = decltype(scalar);
     using A = accumulate_t<T>;

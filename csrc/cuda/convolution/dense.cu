@@ -140,10 +140,10 @@ void dense_input_grad(const CudaGuard& guard, const ConvGeometry& g, bool channe
     phase.tap_step = window.axis[axis];
     Walk::Axis &row = product.rows.axis[axis], &tap = product.terms.axis[axis];
     row.size[0] = g.input[axis] / phases;
-    row.size[1] = g.input[axis] / phases + 1;
+    if (phase.longer_rows > 0) row.size[1] = g.input[axis] / phases + 1;
     row.other *= phases;
     tap.size[0] = g.window[axis] / phase.period;
-    tap.size[1] = g.window[axis] / phase.period + 1;
+    if (phase.more_taps > 0) tap.size[1] = g.window[axis] / phase.period + 1;
     tap.size[2] = 0;
     // Each tap further reads dilation / stride outputs back.
     const int64_t back = g.dilation[axis] / phase.common;
