@@ -28,23 +28,24 @@ def _calls(input, weight, groups=1, layout="contiguous", weight_layout="contiguo
 
 CALLS = [
     *_calls((2, 3, 9), (4, 3, 3), stride=2, padding=1),
-    *_calls((1, 4, 23), (6, 2, 4), groups=2, stride=3, padding=2, dilation=2, bias=False),
+    *_calls((1, 4, 23), (6, 4, 4), stride=3, padding=2, dilation=2, bias=False),
     *_calls((2, 3, 8, 7), (5, 3, 3, 3), padding=1, layout="offset"),
     *_calls((2, 5, 9, 8), (6, 5, 1, 1), bias=False),
     *_calls((1, 4, 9, 12), (6, 4, 2, 2), stride=(4, 3), layout="stepped"),
-    *_calls((2, 6, 7, 8), (10, 3, 3, 2), groups=2, stride=(2, 3), padding=(1, 0), dilation=(1, 2)),
+    *_calls((1, 66, 5, 4), (6, 33, 2, 3), groups=2, padding=1),
+    *_calls((2, 5, 7, 8), (10, 5, 3, 2), stride=(2, 3), padding=(1, 0), dilation=(1, 2)),
     *_calls((1, 2, 7, 9), (3, 2, 3, 3), dilation=(2, 4), stride=(4, 2), padding=4, layout="transposed"),
     *_calls((2, 3, 5, 6, 4), (4, 3, 3, 2, 3), stride=(2, 1, 1), padding=1),
     # channels_last: packs of channels, and channels that make none.
     *_calls((2, 16, 6, 5), (9, 16, 3, 3), padding=1, layout="channels_last", weight_layout="channels_last"),
-    *_calls((1, 16, 7, 6), (24, 8, 3, 2), groups=2, stride=2, padding=1, layout="channels_last"),
+    *_calls((1, 80, 7, 6), (4, 40, 3, 2), groups=2, stride=2, padding=1, layout="channels_last"),
     *_calls((2, 3, 6, 9), (8, 3, 3, 3), layout="channels_last", weight_layout="channels_last"),
     *_calls((1, 8, 3, 4, 5), (4, 8, 2, 2, 2), stride=2, layout="channels_last"),
     # A stride beyond the window, a window that leaves inputs out, a stride beyond the input.
     *_calls((1, 3, 11, 10), (2, 3, 2, 2), stride=4, reach=2),
     *_calls((1, 2, 5, 4), (3, 2, 2, 3), stride=(7, 9), padding=1),
     # Large tiles: whole, and with rows and columns left over.
-    *_calls((2, 2, 19, 20), (65, 2, 1, 2), bias=False),
+    *_calls((1, 2, 19, 20), (65, 2, 1, 2), bias=False),
     *_calls((1, 70, 21, 20), (66, 70, 1, 1), layout="channels_last"),
     # Many terms: they are split, and summed in runs.
     *_calls((1, 100, 4, 5), (33, 100, 3, 3), padding=1),
