@@ -5,6 +5,7 @@
 // them in their order. The split depends on the sizes alone.
 #include "cuda/product.h"
 
+#include <bit>
 #include <climits>
 
 namespace manual_ops {
@@ -405,7 +406,7 @@ __global__ void __launch_bounds__(256)
 }
 
 #ifdef CU_EMULATED
-constexpr int64_t kMultiprocessors = 1;  // so that small sizes meet both tiles, split and whole
+constexpr int64_t kMultiprocessors = 2;  // so that small sizes meet both tiles, split and whole
 #else
 constexpr int64_t kMultiprocessors = 132;  // of an H100: no other device would give other bits
 #endif
@@ -492,7 +493,7 @@ void launch(const CudaGuard& guard, const Product& product, const Operands<T>& o
 
 template <class T>
 void add_parts(const CudaGuard& guard, const Product& product, const Operands<T>& operands, int64_t splits) {
-  const int shares = splits <= 4 ? 1 : splits <= 16 ? 4 : 8;
+  const int shares = static_cast<int>(std::clamp<int64_t>(std::bit_floor(static_cast<uint64_t>(splits)) / 2, 1, 8));
   for_index_type(operands.outputs, [&](auto index) {
     using Index = decltype(index);
     CU_LAUNCH(guard, (add_parts_kernel<T, Index>), blocks_for(operands.outputs, 256 / shares), 256, 0, operands.parts,
