@@ -1,8 +1,8 @@
 // Convolution: forward, input gradient (also the transposed convolution) and weight gradient.
-#include "convolution_operands.h"
 #include "cuda/convolution/dense.h"
 #include "cuda/convolution/depthwise.h"
-#include "cuda/cu.h"
+
+#include "convolution_operands.h"
 
 namespace manual_ops {
 
