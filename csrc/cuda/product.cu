@@ -20,14 +20,19 @@ constexpr int kRunSteps = 256 / kDepth;
 // add up to one that is outside.
 constexpr uint32_t kNoRow = 1u << 31, kNoTerm = 1u << 30;
 
-// Threads load a row each, so there are as many rows as threads. A thread's block of sums is of kRows x kColumns, a
-// warp is 8 threads along the rows and 4 along the columns.
+// Threads load a row each, so there are as many rows as threads. A thread sums a block of thread_rows x thread_columns;
+// a warp is 8 threads along the rows and 4 along the columns.
 template <int threads, int columns, int thread_rows, int thread_columns>
 struct Tile {
   static constexpr int kThreads = threads, kRows = threads, kColumns = columns;
   static constexpr int kThreadRows = thread_rows, kThreadColumns = thread_columns;
   static constexpr int kWarpRows = 8 * thread_rows, kWarpColumns = 4 * thread_columns;
   static_assert(kRows * kColumns == kThreads * thread_rows * thread_columns && columns % kWarpColumns == 0);
+
+  // A thread's i-th row and j-th column lie so far behind its first: four together, then four behind those of all
+  // threads of the warp.
+  CU_DEVICE static constexpr int row_of(int i) { return i % 4 + i / 4 * 32; }
+  CU_DEVICE static constexpr int column_of(int j) { return j % 4 + j / 4 * 16; }
 };
 using Large = Tile<128, 64, 8, 8>;
 using Small = Tile<64, 32, 8, 4>;
@@ -132,16 +137,13 @@ template <class Tile, class S, class A>
 CU_DEVICE void put_tile(S* to, int64_t column_step, const Place (&rows)[Tile::kRows], int first_row, int valid_rows,
                         int first_column, int valid_columns, const A (&sums)[Tile::kThreadRows][Tile::kThreadColumns]) {
   constexpr int N = kWidest<A>;
-  // Register block (i, j) is row first_row + i + (i / 4) * 28, column first_column + j + (j / 4) * 12.
-  const auto row_of = [](int i) { return i % 4 + i / 4 * 32; };
-  const auto column_of = [](int j) { return j % 4 + j / 4 * 16; };
   if (column_step == 1) {
 #pragma unroll
     for (int i = 0; i < Tile::kThreadRows; ++i) {
-      const int row = first_row + row_of(i);
+      const int row = first_row + Tile::row_of(i);
 #pragma unroll
       for (int j = 0; j < Tile::kThreadColumns; j += N) {
-        const int column = first_column + column_of(j);
+        const int column = first_column + Tile::column_of(j);
         A values[N];
 #pragma unroll
         for (int n = 0; n < N; ++n) values[n] = sums[i][j + n];
@@ -153,10 +155,10 @@ CU_DEVICE void put_tile(S* to, int64_t column_step, const Place (&rows)[Tile::kR
   } else {
 #pragma unroll
     for (int j = 0; j < Tile::kThreadColumns; ++j) {
-      const int column = first_column + column_of(j);
+      const int column = first_column + Tile::column_of(j);
 #pragma unroll
       for (int i = 0; i < Tile::kThreadRows; i += N) {
-        const int row = first_row + row_of(i);
+        const int row = first_row + Tile::row_of(i);
         A values[N];
 #pragma unroll
         for (int n = 0; n < N; ++n) values[n] = sums[i + n][j];
@@ -293,11 +295,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
     for (int k = 0; k < kDepth; ++k) {
       Pack<A, N> xs[kThreadRows / N], ys[kThreadColumns / N];
 #pragma unroll
-      for (int i = 0; i < kThreadRows / N; ++i)
-        xs[i] = load<N>(&x_tile[buffer][k][own_rows + i * N % 4 + i * N / 4 * 32]);
+      for (int i = 0; i < kThreadRows / N; ++i) xs[i] = load<N>(&x_tile[buffer][k][own_rows + Tile::row_of(i * N)]);
 #pragma unroll
       for (int j = 0; j < kThreadColumns / N; ++j)
-        ys[j] = load<N>(&y_tile[buffer][k][own_columns + j * N % 4 + j * N / 4 * 16]);
+        ys[j] = load<N>(&y_tile[buffer][k][own_columns + Tile::column_of(j * N)]);
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i)
 #pragma unroll
@@ -367,7 +368,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   if (operands.bias != nullptr) {
 #pragma unroll
     for (int j = 0; j < kThreadColumns; ++j) {
-      const int column = own_columns + j % 4 + j / 4 * 16;
+      const int column = own_columns + Tile::column_of(j);
       if (column >= valid_columns) continue;
       const A bias = static_cast<A>(operands.bias[group * product.columns + first_column + column]);
 #pragma unroll
