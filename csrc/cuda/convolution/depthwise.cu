@@ -1,15 +1,12 @@
-#include "cuda/convolution/depthwise.h"
-
-#include <algorithm>
 #include <numeric>
+
+#include "cuda/convolution/depthwise_kernels.h"
 
 namespace manual_ops {
 
 namespace {
 
 constexpr int kThreads = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- any window, stride and dilation: a thread gathers one destination
 
@@ -86,39 +83,29 @@ struct Gather {
   Index destinations;
   Index source_channels;                              // of one group
   Index source_image, source_channel, source_pixel;   // strides
-  Index weight_channel, weight_group, weight_source;  // strides: destination's channel and group, source's channel
+  Index weight_group, weight_source, weight_channel;  // strides, as in GatherView
   Divider<Index> by_width, by_height, by_depth, by_channels, by_group_channels;
 
-  Gather(const ConvGeometry& g, bool forward, bool channels_last) {
-    for (int i = 0; i < kAxes; ++i) axis[i] = GatherAxis<Index>(g, i, forward);
-    const auto& size = forward ? g.output : g.input;
-    const int64_t channels = forward ? g.out_channels : g.in_channels;
-    const int64_t sources = forward ? g.in_channels : g.out_channels,
-                  source_pixels = product(forward ? g.input : g.output);
-    destinations = static_cast<Index>(g.batch * g.groups * channels * product(size));
-    source_channels = static_cast<Index>(sources);
-    source_image = static_cast<Index>(g.groups * sources * source_pixels);
-    source_channel = static_cast<Index>(channels_last ? 1 : source_pixels);
-    source_pixel = static_cast<Index>(channels_last ? g.groups * sources : 1);
-    const int64_t window = g.taps();
-    weight_group = static_cast<Index>(g.out_channels * g.in_channels * window);
-    weight_channel = static_cast<Index>(forward ? g.in_channels * window : window);
-    weight_source = static_cast<Index>(forward ? window : g.in_channels * window);
-    by_width = Divider<Index>(size[2]);
-    by_height = Divider<Index>(size[1]);
-    by_depth = Divider<Index>(size[0]);
-    by_channels = Divider<Index>(g.groups * channels);
-    by_group_channels = Divider<Index>(channels);
+  Gather(const ConvGeometry& g, const GatherView& view, bool channels_last)
+      : destinations(static_cast<Index>(g.batch * g.groups * view.channels * pixels(view.destination))),
+        source_channels(static_cast<Index>(view.source_channels)),
+        source_image(static_cast<Index>(g.groups * view.source_channels * pixels(view.source))),
+        source_channel(static_cast<Index>(channels_last ? 1 : pixels(view.source))),
+        source_pixel(static_cast<Index>(channels_last ? g.groups * view.source_channels : 1)),
+        weight_group(static_cast<Index>(view.weight_group)),
+        weight_source(static_cast<Index>(view.weight_source)),
+        weight_channel(static_cast<Index>(view.weight_channel)),
+        by_width(view.destination[2]),
+        by_height(view.destination[1]),
+        by_depth(view.destination[0]),
+        by_channels(g.groups * view.channels),
+        by_group_channels(view.channels) {
+    for (int i = 0; i < kAxes; ++i) axis[i] = GatherAxis<Index>(g, i, view.forward);
   }
-};
 
-// Takes the last digit off `number`, whose base is the divisor.
-template <class Index>
-CU_DEVICE Index take_digit(Index& number, const Divider<Index>& base) {
-  const Index rest = base.quotient(number), digit = number - rest * base.divisor();
-  number = rest;
-  return digit;
-}
+ private:
+  static int64_t pixels(const int64_t* size) { return size[0] * size[1] * size[2]; }
+};
 
 template <bool forward, bool channels_last, class Index, class T>
 __global__ void __launch_bounds__(kThreads)
@@ -163,15 +150,15 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool forward, class T>
-void gather(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const T* source, const T* weight,
-            const T* bias, T* destination) {
-  const int64_t sources =
-      g.batch * g.groups * std::max(g.in_channels * product(g.input), g.out_channels * product(g.output));
-  int64_t largest = std::max(sources, g.groups * g.out_channels * g.in_channels * g.taps());
+void gather_any(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const T* source, const T* weight,
+                const T* bias, T* destination) {
+  int64_t largest = std::max({g.batch * g.groups * g.in_channels * product(g.input),
+                              g.batch * g.groups * g.out_channels * product(g.output),
+                              g.groups * g.out_channels * g.in_channels * g.taps()});
   for (int axis = 0; axis < kAxes; ++axis) largest = std::max(largest, GatherAxis<int64_t>::reach(g, axis));
   for_index_type(largest, [&](auto index) {
     using Index = decltype(index);
-    const Gather<Index> plan(g, forward, channels_last);
+    const Gather<Index> plan(g, GatherView(g, forward), channels_last);
     const unsigned blocks = blocks_for(plan.destinations, kThreads);
     if (channels_last)
       CU_LAUNCH(guard, (gather_kernel<forward, true, Index, T>), blocks, kThreads, 0, plan, source, weight, bias,
@@ -180,6 +167,22 @@ void gather(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, c
       CU_LAUNCH(guard, (gather_kernel<forward, false, Index, T>), blocks, kThreads, 0, plan, source, weight, bias,
                 destination);
   });
+}
+
+template <bool forward, class T>
+void gather(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& source_tensor,
+            const Tensor& weight_tensor, const std::optional<Tensor>& bias_tensor, const Tensor& destination_tensor) {
+  const T *source = cu_input<T>(source_tensor), *weight = cu_input<T>(weight_tensor);
+  const T* bias = bias_tensor ? cu_input<T>(*bias_tensor) : nullptr;
+  T* destination = cu_output<T>(destination_tensor);
+  constexpr int kPack = kChannelPack<T>;
+  if (!channels_last && planar_serves(g, forward))
+    planar_gather(guard, g, forward, source, weight, bias, destination);
+  else if (channels_last && channel_packs_serve(g, forward, kPack) &&
+           all_aligned(kPack * sizeof(T), source, destination))
+    channel_packs_gather(guard, g, forward, source, weight, bias, destination);
+  else
+    gather_any<forward>(guard, g, channels_last, source, weight, bias, destination);
 }
 
 // ---- the weight gradient of any window: up to kTapsAtOnce neighbours of a window's row in one sweep
@@ -298,74 +301,95 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void add_parts(const CudaGuard& guard, int64_t count, int64_t parts, const accumulate_t<T>* partials, T* grad_weight) {
-  for_index_type(count, [&](auto index) {
-    using Index = decltype(index);
-    CU_LAUNCH(guard, (add_parts_kernel<Index, T>), blocks_for(count, kThreads), kThreads, 0, static_cast<Index>(count),
-              static_cast<int>(parts), partials, grad_weight);
-  });
-}
-
-// Of a sum of `items`, when `blocks` blocks take a part each: enough for four blocks on each of 132 multiprocessors,
-// but none with less than `least` items. By the shape alone, so that the bits are the same on every device.
-int64_t parts_for(int64_t blocks, int64_t items, int64_t least) {
-  constexpr int64_t kBlocks = 4 * 132, kMostParts = 1024;
-  return std::clamp(std::min(ceil_div(kBlocks, blocks), items / least), int64_t{1}, kMostParts);
-}
-
-template <class T>
 void weight_grad(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& grad_output,
                  const Tensor& input, const Tensor& grad_weight) {
   using A = accumulate_t<T>;
   const int64_t rows = g.groups * g.out_channels * g.in_channels, count = rows * g.taps();
   const int64_t row_blocks = ceil_div(rows, channels_last ? kWarp : 1), chunks = ceil_div(g.window[2], kTapsAtOnce);
   const int64_t blocks = row_blocks * chunks * g.window[1] * g.window[0], positions = g.batch * product(g.output);
-  const int64_t part = ceil_div(positions, parts_for(blocks, positions, channels_last ? 256 : 2048));
-  const int64_t parts = ceil_div(positions, part);
-  const Tensor workspace = new_tensor({parts, count}, scalar_type_of<A>(), grad_weight);
-  A* partials = cu_output<A>(workspace);
+  const Parts parts(blocks, positions, channels_last ? 256 : 2048);
+  const Tensor partials = new_partials<T>(parts, grad_weight);
   int64_t largest = std::max({input.numel(), grad_output.numel(), count});
   for (int axis = 0; axis < kAxes; ++axis) largest = std::max(largest, GatherAxis<int64_t>::reach(g, axis));
   for_index_type(largest, [&](auto index) {
     using Index = decltype(index);
-    const WeightGrad<Index> plan(g, row_blocks, chunks, part);
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(parts));
+    const WeightGrad<Index> plan(g, row_blocks, chunks, parts.size);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(parts.count));
     if (channels_last)
       CU_LAUNCH(guard, (weight_grad_kernel<true, Index, T>), grid, kThreads, 0, plan, cu_input<T>(grad_output),
-                cu_input<T>(input), partials);
+                cu_input<T>(input), cu_output<A>(partials));
     else
       CU_LAUNCH(guard, (weight_grad_kernel<false, Index, T>), grid, kThreads, 0, plan, cu_input<T>(grad_output),
-                cu_input<T>(input), partials);
+                cu_input<T>(input), cu_output<A>(partials));
   });
-  add_parts(guard, count, parts, static_cast<const A*>(partials), cu_output<T>(grad_weight));
+  add_parts<T>(guard, parts, partials, grad_weight);
 }
 
 }  // namespace
+
+bool square_window_serves(const ConvGeometry& g, bool forward) {
+  const int64_t window = g.window[1], stride = g.stride[1];
+  if (g.window[0] != 1 || g.stride[0] != 1 || g.input[0] != 1 || g.output[0] != 1 || g.padding[0] != 0) return false;
+  if (window != g.window[2] || (window != 3 && window != 5 && window != 7)) return false;
+  if (stride != g.stride[2] || (stride != 1 && (stride != 2 || is_dilated(g)))) return false;
+  if (!forward && stride == 2 && g.padding[1] % 2 != g.padding[2] % 2) return false;
+  constexpr int64_t kMost = int64_t{1} << 30;
+  const double channels = static_cast<double>(g.groups * std::max(g.in_channels, g.out_channels));
+  double places = static_cast<double>(g.batch) * channels;  // at most so many tiles
+  for (int axis = 1; axis < kAxes; ++axis) {
+    const int64_t smaller = std::min(g.input[axis], g.output[axis]), larger = std::max(g.input[axis], g.output[axis]);
+    const int64_t reach = window * g.dilation[axis] + g.padding[axis];
+    // A tile of destinations that lie far apart is mostly empty on a small axis.
+    if (g.dilation[axis] != 1 && g.dilation[axis] * 4 > smaller) return false;
+    if (static_cast<double>(std::max(larger, g.output[axis] * stride) + reach) * channels > kMost) return false;
+    places *= static_cast<double>(larger + 2 * g.dilation[axis]);
+  }
+  return places / 2 < kMost;
+}
+
+template <class T>
+void add_parts(const CudaGuard& guard, const Parts& parts, const Tensor& partials, const Tensor& grad_weight) {
+  const int64_t count = grad_weight.numel();
+  for_index_type(count, [&](auto index) {
+    using Index = decltype(index);
+    CU_LAUNCH(guard, (add_parts_kernel<Index, T>), blocks_for(count, kThreads), kThreads, 0, static_cast<Index>(count),
+              static_cast<int>(parts.count), cu_input<accumulate_t<T>>(partials), cu_output<T>(grad_weight));
+  });
+}
+
+template void add_parts<double>(const CudaGuard&, const Parts&, const Tensor&, const Tensor&);
+template void add_parts<float>(const CudaGuard&, const Parts&, const Tensor&, const Tensor&);
+template void add_parts<BFloat16>(const CudaGuard&, const Parts&, const Tensor&, const Tensor&);
+template void add_parts<Half>(const CudaGuard&, const Parts&, const Tensor&, const Tensor&);
 
 bool depthwise_serves(const ConvGeometry& g) { return g.groups > 1 && g.in_channels <= 32 && g.out_channels <= 32; }
 
 void depthwise_forward(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& input,
                        const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& output) {
   for_floating_dtype(input.scalar_type(), "conv_forward", [&](auto scalar) {
-    using T = decltype(scalar);
-    gather<true>(guard, g, channels_last, cu_input<T>(input), cu_input<T>(weight), bias ? cu_input<T>(*bias) : nullptr,
-                 cu_output<T>(output));
+    gather<true, decltype(scalar)>(guard, g, channels_last, input, weight, bias, output);
   });
 }
 
 void depthwise_input_grad(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& grad_output,
                           const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& grad_input) {
   for_floating_dtype(grad_output.scalar_type(), "conv_input_grad", [&](auto scalar) {
-    using T = decltype(scalar);
-    gather<false>(guard, g, channels_last, cu_input<T>(grad_output), cu_input<T>(weight),
-                  bias ? cu_input<T>(*bias) : nullptr, cu_output<T>(grad_input));
+    gather<false, decltype(scalar)>(guard, g, channels_last, grad_output, weight, bias, grad_input);
   });
 }
 
 void depthwise_weight_grad(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& grad_output,
                            const Tensor& input, const Tensor& grad_weight) {
   for_floating_dtype(input.scalar_type(), "conv_weight_grad", [&](auto scalar) {
-    weight_grad<decltype(scalar)>(guard, g, channels_last, grad_output, input, grad_weight);
+    using T = decltype(scalar);
+    constexpr int kPack = kChannelPack<T>;
+    if (!channels_last && planar_serves(g, true))
+      planar_weight_grad<T>(guard, g, grad_output, input, grad_weight);
+    else if (channels_last && channel_packs_serve(g, true, kPack) &&
+             all_aligned(kPack * sizeof(T), grad_output.const_data_ptr(), input.const_data_ptr()))
+      channel_packs_weight_grad<T>(guard, g, grad_output, input, grad_weight);
+    else
+      weight_grad<T>(guard, g, channels_last, grad_output, input, grad_weight);
   });
 }
 
