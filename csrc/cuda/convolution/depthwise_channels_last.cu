@@ -8,6 +8,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Blocks that a multiprocessor is to hold at once, which bounds the registers.
+template <int window>
+constexpr int kBlocksAtOnce = window == 7   ? 1
+                              : window == 5 ? 2
+                                            : 3;
+
 // Destinations of a thread; even in the input gradient at stride 2. Seven divides the usual sizes.
 template <int window, int parity = kForward>
 constexpr int kColumns = window != 7          ? 4
@@ -43,7 +49,7 @@ struct Walk {
 
 // The channels, in tiles of `lanes` packs.
 struct Channels {
-  int count, packs, lanes;
+  int count, packs, lanes, tiles;
   Divider<int32_t> by_lanes, by_tiles;
 
   Channels() = default;
@@ -51,7 +57,8 @@ struct Channels {
       : count(static_cast<int>(channels)), packs(static_cast<int>(channels / pack)) {
     lanes = static_cast<int>(ceil_div(packs, ceil_div(packs, most_lanes)));
     by_lanes = Divider<int32_t>(lanes);
-    by_tiles = Divider<int32_t>(ceil_div(packs, lanes));
+    tiles = static_cast<int>(ceil_div(packs, lanes));
+    by_tiles = Divider<int32_t>(tiles);
   }
 };
 
@@ -82,7 +89,7 @@ struct alignas(16) SharedTaps {
 };
 
 template <int window, int stride, int parity, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<window>)
     pack_gather_kernel(const PackGather plan, const T* __restrict__ source, const T* __restrict__ weight,
                        const T* __restrict__ bias, T* __restrict__ destination) {
   using A = accumulate_t<T>;
@@ -196,7 +203,7 @@ CU_DEVICE void add_row(const TiledAxis& width, int channels, const T* grad_row, 
 // A thread sums the taps of one row of the window, for a pack of channels; those of a block's threads that read the
 // same outputs are at work on them at about the same time.
 template <int window, int stride, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<window>)
     pack_weight_grad_kernel(const PackWeightGrad plan, const T* __restrict__ grad_output, const T* __restrict__ input,
                             accumulate_t<T>* __restrict__ partials) {
   using A = accumulate_t<T>;
@@ -260,7 +267,7 @@ void launch_gather(const CudaGuard& guard, const ConvGeometry& g, bool forward, 
   plan.padding = static_cast<int>(g.padding[1]);
   // Up to 8 items a thread share the reading of the weights, where there are blocks enough.
   constexpr int64_t kBlocks = 16 * 132;
-  const int64_t workers = kThreads / plan.channels.lanes, tiles = plan.channels.by_tiles.divisor();
+  const int64_t workers = kThreads / plan.channels.lanes, tiles = plan.channels.tiles;
   plan.part = static_cast<int>(workers * std::clamp<int64_t>(plan.walk.items * tiles / (workers * kBlocks), 1, 8));
   CU_LAUNCH(guard, (pack_gather_kernel<window, stride, parity, T>),
             static_cast<unsigned>(tiles * ceil_div(plan.walk.items, plan.part)), kThreads, 0, plan, source, weight,
@@ -279,7 +286,7 @@ void launch_weight_grad(const CudaGuard& guard, const ConvGeometry& g, const Ten
   plan.source_rows = static_cast<int>(g.input[1]);
   plan.first_source_row = static_cast<int>(-g.padding[1]);
   plan.row_step = static_cast<int>(g.dilation[1]);
-  const int64_t tiles = plan.channels.by_tiles.divisor();
+  const int64_t tiles = plan.channels.tiles;
   plan.workers = kThreads / (plan.channels.lanes * window);
   // A part is eight times as large as the sums that it leaves.
   const Parts parts(tiles, plan.walk.items, ceil_div(8 * window * window, kColumns<window>));

@@ -10,6 +10,12 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kColumns = 2;  // of the destination, a thread
 
+// Blocks that a multiprocessor is to hold at once, which bounds the registers: the taps of a window are held in them.
+template <class T, int window>
+constexpr int kBlocksAtOnce = window == 7      ? (sizeof(T) == 8 ? 2 : 4)
+                              : sizeof(T) == 8 ? 4
+                                               : 6;
+
 // Down the rows: a step reads `read` rows of the source and completes the first `done` of the `open` destinations; the
 // first step begins `lead` destinations before the thread's first.
 template <int window, int stride, int parity>
@@ -44,7 +50,7 @@ struct PlanarGather {
 };
 
 template <int window, int stride, int parity, bool dilated, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, window>)
     planar_gather_kernel(const PlanarGather plan, const T* __restrict__ source, const T* __restrict__ weight,
                          const T* __restrict__ bias, T* __restrict__ destination) {
   using A = accumulate_t<T>;
@@ -133,7 +139,7 @@ struct PlanarWeightGrad {
 
 // Block (output channel, part): sums all taps of the channel's window over the tiles of its part.
 template <int window, int stride, bool dilated, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, window>)
     planar_weight_grad_kernel(const PlanarWeightGrad plan, const T* __restrict__ grad_output,
                               const T* __restrict__ input, accumulate_t<T>* __restrict__ partials) {
   using A = accumulate_t<T>;
