@@ -108,7 +108,7 @@ struct Gather {
 };
 
 template <bool forward, bool channels_last, class Index, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     gather_kernel(const Gather<Index> plan, const T* source, const T* weight, const T* bias, T* destination) {
   using A = accumulate_t<T>;
   const Index item = thread_index<Index>();
@@ -419,7 +419,7 @@ CU_DEVICE Pack<accumulate_t<T>, count> read_channels(const T* from, Index plane)
 // Block (x, part) sums a part of the positions for one chunk of taps: of one tile of pairs where planes are contiguous,
 // of kWarp neighbouring ones, a lane each, in channels_last.
 template <bool channels_last, int tile, class Index, class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, tile == 1 ? 3 : 1)
     weight_grad_kernel(const WeightGrad<Index> plan, const T* __restrict__ grad_output, const T* __restrict__ input,
                        accumulate_t<T>* __restrict__ partials) {
   using A = accumulate_t<T>;

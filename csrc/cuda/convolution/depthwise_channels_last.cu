@@ -9,16 +9,12 @@ namespace {
 constexpr int kThreads = 256;
 
 // Blocks that a multiprocessor is to hold at once, which bounds the registers.
-template <int window>
-constexpr int kBlocksAtOnce = window == 7   ? 1
-                              : window == 5 ? 2
-                                            : 3;
+template <class T, int window>
+constexpr int kBlocksAtOnce = window == 3 && sizeof(T) < 8 ? 3 : 2;
 
-// Destinations of a thread; even in the input gradient at stride 2. Seven divides the usual sizes.
-template <int window, int parity = kForward>
-constexpr int kColumns = window != 7          ? 4
-                         : parity == kForward ? 7
-                                              : 8;
+// Destinations of a thread; even at stride 2. Seven divides the usual sizes.
+template <int window, int stride>
+constexpr int kColumns = window == 7 && stride == 1 ? 7 : 4;
 
 // What blocks walk over: the items (image, strip of rows, tile of columns, row of the strip), the last fastest, so that
 // rows which share sources are read at about the same time.
@@ -89,12 +85,12 @@ struct alignas(16) SharedTaps {
 };
 
 template <int window, int stride, int parity, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<window>)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, window>)
     pack_gather_kernel(const PackGather plan, const T* __restrict__ source, const T* __restrict__ weight,
                        const T* __restrict__ bias, T* __restrict__ destination) {
   using A = accumulate_t<T>;
   using M = Meeting<window, stride, parity>;
-  constexpr int N = kChannelPack<T>, kTaps = window * window, kOut = kColumns<window, parity>;
+  constexpr int N = kChannelPack<T>, kTaps = window * window, kOut = kColumns<window, stride>;
   using Taps = SharedTaps<window, A, N>;
   CU_SHARED(Taps, taps, [1]);
   int block = static_cast<int>(blockIdx.x);
@@ -179,7 +175,7 @@ template <int window, int stride, bool whole, class T, class A, int N>
 CU_DEVICE void add_row(const TiledAxis& width, int channels, const T* grad_row, const T* row, int column, int count,
                        Pack<A, N> (&sum)[window]) {
   using M = Meeting<window, stride, kForward>;
-  constexpr int kOut = kColumns<window>;
+  constexpr int kOut = kColumns<window, stride>;
   Pack<A, N> grad[kOut];
 #pragma unroll
   for (int r = 0; r < kOut; ++r)
@@ -203,7 +199,7 @@ CU_DEVICE void add_row(const TiledAxis& width, int channels, const T* grad_row, 
 // A thread sums the taps of one row of the window, for a pack of channels; those of a block's threads that read the
 // same outputs are at work on them at about the same time.
 template <int window, int stride, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<window>)
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, window>)
     pack_weight_grad_kernel(const PackWeightGrad plan, const T* __restrict__ grad_output, const T* __restrict__ input,
                             accumulate_t<T>* __restrict__ partials) {
   using A = accumulate_t<T>;
@@ -231,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<window>)
           grad_output + (static_cast<int64_t>(image) * plan.walk.rows + row) * width.destination * channels + channel;
       const T* from = input + (static_cast<int64_t>(image) * plan.source_rows + y) * width.source * channels + channel;
       const int count = width.count<true>(column);
-      if (count == kColumns<window>)
+      if (count == kColumns<window, stride>)
         add_row<window, stride, true>(width, channels, grads, from, column, count, sum);
       else
         add_row<window, stride, false>(width, channels, grads, from, column, count, sum);
@@ -257,7 +253,7 @@ void launch_gather(const CudaGuard& guard, const ConvGeometry& g, bool forward, 
   const GatherView view(g, forward);
   PackGather plan;
   plan.turned = parity == kForward && !forward;
-  const TiledAxis width(view.source[2], view.destination[2], kColumns<window, parity>,
+  const TiledAxis width(view.source[2], view.destination[2], kColumns<window, stride>,
                         M::first_source(g, 2, plan.turned), g.dilation[2]);
   plan.walk = Walk(width, g.batch, view.destination[1]);
   plan.channels = Channels(g.groups, kChannelPack<T>, kWarp);
@@ -280,8 +276,8 @@ void launch_weight_grad(const CudaGuard& guard, const ConvGeometry& g, const Ten
   using A = accumulate_t<T>;
   constexpr int64_t kMostLanes = 16;
   PackWeightGrad plan;
-  plan.walk =
-      Walk(TiledAxis(g.input[2], g.output[2], kColumns<window>, -g.padding[2], g.dilation[2]), g.batch, g.output[1]);
+  plan.walk = Walk(TiledAxis(g.input[2], g.output[2], kColumns<window, stride>, -g.padding[2], g.dilation[2]), g.batch,
+                   g.output[1]);
   plan.channels = Channels(g.groups, kChannelPack<T>, kMostLanes);
   plan.source_rows = static_cast<int>(g.input[1]);
   plan.first_source_row = static_cast<int>(-g.padding[1]);
@@ -289,7 +285,7 @@ void launch_weight_grad(const CudaGuard& guard, const ConvGeometry& g, const Ten
   const int64_t tiles = plan.channels.tiles;
   plan.workers = kThreads / (plan.channels.lanes * window);
   // A part is eight times as large as the sums that it leaves.
-  const Parts parts(tiles, plan.walk.items, ceil_div(8 * window * window, kColumns<window>));
+  const Parts parts(tiles, plan.walk.items, ceil_div(8 * window * window, kColumns<window, stride>));
   plan.part = static_cast<int>(parts.size);
   const Tensor partials = new_partials<T>(parts, grad_weight);
   const unsigned threads = kWarp * blocks_for(plan.channels.lanes * window * plan.workers, kWarp);
