@@ -12,9 +12,15 @@ TOLERANCE = {
 }
 
 
-def tensor(*shape, dtype=torch.float64, device="cpu", requires_grad=True):
-    """A standard normal tensor that asks for its gradient."""
-    return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(requires_grad)
+def tensor(*shape, dtype=torch.float64, device=None, requires_grad=True):
+    """A standard normal tensor that asks for its gradient; the same values on every device."""
+    values = torch.randn(*shape, dtype=torch.float64, device="cpu")
+    return values.to(device or torch.get_default_device(), dtype).requires_grad_(requires_grad)
+
+
+def device_type():
+    """The device of the running test, as torch.autocast and GradScaler name it."""
+    return torch.get_default_device().type
 
 
 def assert_same(ours, theirs, **tolerance):
