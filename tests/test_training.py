@@ -262,7 +262,7 @@ def test_frozen_parameters(backend, frozen):
     ids=["conv", "conv_transpose", "linear"],
 )
 def test_a_frozen_weight_keeps_no_input(backend, layer, shape):
-    layer = copy.deepcopy(layer)
+    layer = copy.deepcopy(layer).to(torch.get_default_device())
     x = torch.randn(shape, requires_grad=True)
     both = kept_bytes(lambda: layer(x))
     assert both == 4 * (x.numel() + layer.weight.numel())
