@@ -1,6 +1,9 @@
 # make setup    an environment in .venv, with everything that the other targets need
 # make demo     verify, train, compare; writes report/index.html
 # make test     the tests, but for the slow ones; `make test-all` runs those too
+# make test-emulation  the CUDA kernels, run on the CPU
+# make cuda     manual_ops._C_cuda, wherever there is nvcc: with a torch without CUDA it is built and cannot be used
+# make cuda-report     registers, shared memory and spills of each CUDA kernel; writes benchmarks/results/
 # make lint     ruff, clang-format, mypy
 # make bench    the full benchmarks; writes benchmarks/results/
 # make clean    what a build leaves behind
@@ -27,7 +30,7 @@ endif
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all test-emulation cuda cuda-report lint bench clean
 
 setup: $(READY)
 
@@ -46,10 +49,20 @@ demo: $(READY)
 	$(RUN) -m manual_ops demo
 
 test: $(READY)
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" --ignore=tests/cuda_emulation
 
 test-all: $(READY)
 	$(RUN) -m pytest
+
+test-emulation: $(READY)
+	$(RUN) -m pytest tests/cuda_emulation
+
+cuda: $(READY)
+	MANUAL_OPS_CUDA=1 $(RUN) setup.py build_ext --inplace
+	$(RUN) tests/check_cuda_library.py
+
+cuda-report: $(READY)
+	$(RUN) benchmarks/cuda_report.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -81,12 +81,16 @@ def cuda_problem() -> str | None:
 
 
 def link_stubs() -> Path:
-    """Empty libraries of the names that torch's CUDA build has, to link against where the CPU's is installed."""
+    """Stand-ins for the libraries that torch's CUDA build has, to link against where the CPU's is installed."""
     folder = Path("build/stubs").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("libtorch_cuda.so", "libc10_cuda.so"):
-        command = ["g++", "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{name}", "-o", folder / name]
-        subprocess.run(command, check=True)
+    sources = {
+        "libc10_cuda.so": "",
+        "libtorch_cuda.so": 'extern "C" int aoti_torch_get_current_cuda_stream() { return 1; }',
+    }
+    for name, source in sources.items():
+        command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", f"-Wl,-soname,{name}", "-o", str(folder / name)]
+        subprocess.run(command, input=source, text=True, check=True)
     return folder
 
 

@@ -57,7 +57,7 @@ def cast(op: str, *operands: Any) -> tuple[Any, ...]:
     if not _any_autocast() or not isinstance(operands[0], Tensor):
         return operands
     device = operands[0].device.type
-    policy = POLICIES.get(device, {}).get(op)
+    policy = POLICIES.get(device, {}).get(op.removesuffix("_with_indices"))
     if policy is None or not torch.is_autocast_enabled(device):
         return operands
     eligible = [operand for operand in operands if _is_eligible(operand, device)]

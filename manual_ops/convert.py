@@ -111,21 +111,14 @@ def _computes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def _reroutes() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What is called -> what runs."""
     routes: dict[Callable[..., Any], Callable[..., Any]] = {}
-    for name in functional.__all__:
+    for name in (*functional.__all__, *functional.ALIASES):
         ours = getattr(functional, name)
         for theirs in (getattr(F, name, None), getattr(torch, name, None)):
             if theirs is not None:
                 routes[theirs] = ours
-    for axes in (1, 2, 3):
-        for name in (f"max_pool{axes}d", f"adaptive_max_pool{axes}d"):
-            with_indices = _with_indices(getattr(functional, name))
-            for theirs in (getattr(F, f"{name}_with_indices", None), getattr(torch, f"{name}_with_indices", None)):
-                if theirs is not None:
-                    routes[theirs] = with_indices
-    routes[torch.adaptive_max_pool1d] = _with_indices(functional.adaptive_max_pool1d)
+    routes[torch.adaptive_max_pool1d] = functional.adaptive_max_pool1d_with_indices
     routes[torch.batch_norm] = _torch_batch_norm
     routes[torch.binary_cross_entropy_with_logits] = _torch_bce_with_logits
-    routes[F.hardtanh] = _hardtanh
     for namespace in (torch, torch.Tensor, torch.special):
         for name, ours in (("softmax", functional.softmax), ("log_softmax", functional.log_softmax)):
             if hasattr(namespace, name):
@@ -137,13 +130,6 @@ def _reroutes() -> dict[Callable[..., Any], Callable[..., Any]]:
             routes[getattr(namespace, name)] = ours
             routes[getattr(namespace, f"{name}_")] = functional.relu_ if name == "relu" else _in_place(ours)
     return routes
-
-
-def _with_indices(pool: Callable[..., Any]) -> Callable[..., Any]:
-    def pool_with_indices(*args: Any, return_indices: bool = True, **kwargs: Any) -> Any:
-        return pool(*args, return_indices=True, **kwargs)
-
-    return pool_with_indices
 
 
 def _torch_batch_norm(
@@ -165,13 +151,6 @@ def _torch_softmax(ours: Callable[..., Any]) -> Callable[..., Any]:
         return ours(input, dim, dtype=dtype)
 
     return softmax
-
-
-def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Any:
-    """torch.nn.ReLU6 calls hardtanh between 0 and 6."""
-    if (min_val, max_val) == (0.0, 6.0):
-        return functional.relu6(input, inplace)
-    return F.hardtanh(input, min_val, max_val, inplace)
 
 
 def _in_place(ours: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn.functional
 
-from manual_ops.ops.activation import gelu, leaky_relu, leaky_relu_, relu, relu6, relu_, sigmoid, silu, tanh
+from manual_ops.ops.activation import gelu, hardtanh, leaky_relu, leaky_relu_, relu, relu6, relu_, sigmoid, silu, tanh
 from manual_ops.ops.average_pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -31,11 +31,17 @@ from manual_ops.ops.linear import linear
 from manual_ops.ops.loss import binary_cross_entropy_with_logits, mse_loss
 from manual_ops.ops.max_pool import (
     adaptive_max_pool1d,
+    adaptive_max_pool1d_with_indices,
     adaptive_max_pool2d,
+    adaptive_max_pool2d_with_indices,
     adaptive_max_pool3d,
+    adaptive_max_pool3d_with_indices,
     max_pool1d,
+    max_pool1d_with_indices,
     max_pool2d,
+    max_pool2d_with_indices,
     max_pool3d,
+    max_pool3d_with_indices,
 )
 from manual_ops.ops.softmax import log_softmax, softmax
 
@@ -77,6 +83,20 @@ __all__ = [
     "softmax",
     "tanh",
 ]
+
+# Names that torch has for operations of the above.
+ALIASES = {
+    function.__name__: function
+    for function in (
+        adaptive_max_pool1d_with_indices,
+        adaptive_max_pool2d_with_indices,
+        adaptive_max_pool3d_with_indices,
+        hardtanh,
+        max_pool1d_with_indices,
+        max_pool2d_with_indices,
+        max_pool3d_with_indices,
+    )
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -68,10 +68,25 @@ def per_axis(op: str, argument: str, value: Any, axes: int) -> list[int]:
     return entries
 
 
+class NotATensor(TypeError, AttributeError):
+    """What torch raises for an argument that is no tensor: the one or the other, where it calls a method of it first.
+
+    To be both is to be caught by whatever code expects of torch.
+    """
+
+
 def check_tensor(op: str, argument: str, value: Any) -> None:
-    """Raises TypeError unless `value` is a tensor."""
+    """Raises a TypeError, which is an AttributeError too, unless `value` is a tensor."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{op}: {argument} must be a Tensor, got {type(value).__name__}")
+        raise NotATensor(f"{op}: {argument} must be a Tensor, got {type(value).__name__}")
+
+
+def check_alike(op: str, argument: str, value: torch.Tensor, input: torch.Tensor, *attributes: str) -> None:
+    """Raises RuntimeError unless `value` has these attributes (shape, dtype, device) of the input."""
+    for attribute in attributes:
+        wanted, found = getattr(input, attribute), getattr(value, attribute)
+        if found != wanted:
+            raise RuntimeError(f"{op}: {argument} must have the {attribute} of input, {wanted}, got {found}")
 
 
 def check_floating(op: str, argument: str, value: torch.Tensor) -> None:

@@ -133,6 +133,36 @@ def _below_autograd(body: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def backend_of(op: Any) -> str:
+    """The backend of an operator: what a batch rule passes to another kernel."""
+    return next(backend for backend, name in NAMESPACES.items() if name == op.namespace)
+
+
+# What batch rules are put together from: a batch on its way into a dimension that the operator already has, and back.
+
+
+def in_front(tensor: Any, dim: int | None, batch_size: int) -> Any:
+    """The tensor with its batch, at `dim`, in front; repeated along one where it has none. None is passed on."""
+    if tensor is None or dim is not None:
+        return tensor if tensor is None else tensor.movedim(dim, 0)
+    return tensor.expand(batch_size, *tensor.shape)
+
+
+def fold(tensor: torch.Tensor, dim: int | None, batch_size: int, into: int = 0, groups: int = 1) -> torch.Tensor:
+    """The batch in dimension `into`, counted without it, behind the groups: (groups * rest) -> (groups * B * rest)."""
+    tensor = in_front(tensor, dim, batch_size).movedim(0, into)
+    if groups == 1:
+        return tensor.flatten(into, into + 1)
+    grouped = tensor.unflatten(into + 1, (groups, tensor.shape[into + 1] // groups))
+    return grouped.movedim(into + 1, into).flatten(into, into + 2)
+
+
+def unfold(tensor: torch.Tensor, batch_size: int, dim: int = 0, groups: int = 1) -> torch.Tensor:
+    """The inverse of `fold`, with the batch in front."""
+    split = tensor.unflatten(dim, (groups, batch_size, tensor.shape[dim] // (groups * batch_size)))
+    return split.movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
+
+
 KERNELS: dict[str, Kernel] = {}
 
 

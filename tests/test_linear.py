@@ -60,6 +60,28 @@ def test_16_bit_is_accumulated_wide_and_rounded_once(name, dtype, backend, devic
         assert_same(gradient, expected_gradient.to(dtype))
 
 
+LONG = {  # operands that the native kernel cuts: rows, panels of output features, stretches of input features
+    "rows": ((600, 5), (3, 5), (3,)),
+    "output features": ((3, 5), (130, 5), (130,)),
+    "input features": ((20, 2500), (40, 2500), (40,)),
+    "all, uneven": ((257, 1025), (33, 1025), (33,)),
+}
+
+
+@pytest.mark.parametrize("shapes", LONG.values(), ids=LONG.keys())
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_operands_that_are_cut(shapes, turned, dtype):
+    input, weight, bias = operands(shapes, dtype=dtype)
+    with torch.no_grad():
+        input, weight = (
+            matrix.t().contiguous().t() if turn else matrix
+            for matrix, turn in zip((input, weight), turned, strict=True)
+        )
+        expected = F.linear(input.double(), weight.double(), bias.double()).to(dtype)
+        assert_same(linear_kernel.native(input, weight, bias), expected)
+
+
 LAYOUTS = {
     "transposed input": lambda: (tensor(3, 5).t(), tensor(4, 3), tensor(4)),
     "permuted input": lambda: (tensor(5, 3, 2).permute(2, 0, 1), tensor(4, 3), tensor(4)),
@@ -141,6 +163,22 @@ def test_batches_of_each_operand(in_dims, backend):
 
     for gradient, expected in zip(gradients(linear), gradients(F.linear), strict=True):
         assert_same(gradient, expected)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (5, 0, 4), (5, 3, 0)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_batches_of_both_operands_of_size_zero(sizes, bias, backend):
+    rows, ins, outs = sizes
+    args = [tensor(2, rows, ins, requires_grad=False), tensor(2, outs, ins, requires_grad=False)]
+    args += [tensor(2, outs, requires_grad=False)] if bias else []
+    assert_same(*(torch.func.vmap(function)(*args) for function in (linear, F.linear)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batches_of_both_operands_are_accumulated_wide(dtype, backend):
+    args = [tensor(3, *shape, dtype=dtype, requires_grad=False) for shape in ((5, 70), (4, 70), (4,))]
+    expected = torch.func.vmap(F.linear)(*(arg.double() for arg in args))
+    assert_same(torch.func.vmap(linear)(*args), expected.to(dtype))
 
 
 def test_transforms(backend):

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from manual_ops.ops import loss
 from manual_ops.ops.loss import binary_cross_entropy_with_logits, mse_loss
@@ -56,20 +57,12 @@ def test_16_bit_is_computed_wide_and_rounded_once(ours, theirs, reduction, dtype
     assert_same(gradient, expected_gradient.to(dtype))
 
 
-def cross_entropy(input, target, weight=1.0, reduction="mean", pos_weight=1.0):
-    """Written out, for torch's has no gradient for weight and pos_weight."""
-    losses = -weight * (pos_weight * target * F.logsigmoid(input) + (1 - target) * F.logsigmoid(-input))
-    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
-
-
 @each_reduction
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (1,), ()], ids=str)
 def test_pos_weight(reduction, shape, backend):
-    args = tensor(4, 5), probabilities(4, 5)
     pos_weight = torch.rand(shape, dtype=torch.float64) + 0.5
-    assert_same_as_torch(*PAIRS["bce"], *args, reduction=reduction, pos_weight=pos_weight)
-    options = {"reduction": reduction, "pos_weight": pos_weight.requires_grad_()}
-    assert_same_as_torch(binary_cross_entropy_with_logits, cross_entropy, *args, **options)
+    options = {"reduction": reduction, "pos_weight": pos_weight}
+    assert_same_as_torch(*PAIRS["bce"], tensor(4, 5), probabilities(4, 5), **options)
 
 
 @each_reduction
@@ -79,9 +72,43 @@ def test_weight_of_the_cross_entropy(reduction, shape, backend):
     for options in ({}, {"pos_weight": pos_weight}):
         args = tensor(4, 5), probabilities(4, 5)
         assert_same_as_torch(*PAIRS["bce"], *args, weight, reduction=reduction, **options)
-        learnt = weight.clone().requires_grad_()
-        options["reduction"] = reduction
-        assert_same_as_torch(binary_cross_entropy_with_logits, cross_entropy, *args, learnt, **options)
+
+
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_weights_of_the_cross_entropy_that_require_a_gradient_are_refused(name, reduction, backend):
+    args, options = (tensor(4, 5), probabilities(4, 5)), {name: torch.rand(5).requires_grad_(), "reduction": reduction}
+    assert_wrong_like_torch(*PAIRS["bce"], *args, **options)
+    with pytest.raises(RuntimeError, match=f"binary_cross_entropy_with_logits: {name} must not require a gradient"):
+        binary_cross_entropy_with_logits(*args, **options)
+    with torch.no_grad():
+        assert_same(*(loss(*args, **options) for loss in PAIRS["bce"]))
+
+
+@each_reduction
+def test_transforms_differentiate_by_the_weights_of_the_cross_entropy(reduction, backend):
+    args = [arg.detach() for arg in (tensor(2, 3), probabilities(2, 3), probabilities(3), probabilities(2, 3))]
+
+    def of(function):
+        def weighted(input, target, weight, pos_weight):
+            return function(input, target, weight, reduction=reduction, pos_weight=pos_weight)
+
+        def outer_gradient(input, target, *weights):
+            losses = torch.func.vmap(weighted, in_dims=(0, 0, None, 0))(input, target, *weights)
+            return torch.autograd.grad(losses.sum(), weights)
+
+        return [
+            torch.func.jacrev(weighted, (2, 3)),
+            torch.func.jacfwd(weighted, (2, 3)),
+            torch.func.hessian(lambda *args: weighted(*args).sum(), (0, 1, 2, 3)),
+            lambda *args: torch.func.jvp(weighted, args, args),
+            lambda *args: outer_gradient(*args[:2], *(weight.requires_grad_() for weight in args[2:])),
+        ]
+
+    for ours, theirs in zip(of(PAIRS["bce"][0]), of(PAIRS["bce"][1]), strict=True):
+        found, expected = (tree_leaves(function(*(arg.clone() for arg in args))) for function in (ours, theirs))
+        for our, their in zip(found, expected, strict=True):
+            assert_same(our, their)
 
 
 def weighted_squared_error(input, target, reduction, weight):
@@ -198,10 +225,9 @@ def test_every_kind_of_derivative(ours, theirs, reduction, backend):
 
 @each_reduction
 def test_every_kind_of_derivative_with_weights(reduction, backend):
-    def weighted(input, target, weight, pos_weight):
-        return binary_cross_entropy_with_logits(input, target, weight, None, None, reduction, pos_weight)
-
-    gradchecks(weighted, tensor(2, 3), probabilities(2, 3), probabilities(3), probabilities(2, 3))
+    weight, pos_weight = (probabilities(*shape, requires_grad=False) for shape in ((3,), (2, 3)))
+    options = {"weight": weight, "reduction": reduction, "pos_weight": pos_weight}
+    gradchecks(functools.partial(binary_cross_entropy_with_logits, **options), tensor(2, 3), probabilities(2, 3))
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
@@ -395,8 +421,8 @@ def test_a_weight_of_another_shape_is_refused(backend):
 
 
 @each_loss
-def test_what_is_no_tensor_is_a_type_error(ours, theirs, backend):
-    # torch stumbles over the missing .size() here, with an AttributeError.
+def test_what_is_no_tensor_is_a_type_error_and_the_attribute_error_of_torch(ours, theirs, backend):
     for args in (([1.0], Z(1)), (Z(1), [1.0]), (None, Z(1)), (Z(1), None)):
+        assert_wrong_like_torch(ours, theirs, *args)
         with pytest.raises(TypeError, match=ours.__name__):
             ours(*args)

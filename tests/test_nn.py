@@ -229,6 +229,29 @@ def test_names_that_are_not_replaced_are_torchs():
         _ = nn.NoSuchLayer
 
 
+@pytest.mark.parametrize(
+    ("adaptive", "axes"), [(adaptive, axes) for adaptive in ("", "adaptive_") for axes in (1, 2, 3)]
+)
+def test_pools_with_indices_return_them_always(adaptive, axes, backend):
+    x, name = tensor(2, 3, *(5,) * axes), f"{adaptive}max_pool{axes}d_with_indices"
+    ours, theirs = getattr(functional, name), getattr(torch.nn.functional, name)
+    for options in ({}, {"return_indices": False}, {"return_indices": True}):
+        (values, indices), (expected, expected_indices) = ours(x, 2, **options), theirs(x, 2, **options)
+        assert torch.equal(indices, expected_indices)
+        assert_same(values.detach(), expected.detach())
+    assert_same(*(torch.autograd.grad(function(x, 3)[0].square().sum(), x)[0] for function in (ours, theirs)))
+    assert_wrong_like_torch(ours, theirs, x, None)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 6.0), (-1.0, 1.0), (0, 6)])
+def test_hardtanh_between_0_and_6_is_ours(bounds, backend):
+    x = tensor(40, requires_grad=False) * 5
+    x.requires_grad_()
+    output = functional.hardtanh(x, *bounds)
+    assert_same_as_torch(functional.hardtanh, torch.nn.functional.hardtanh, x, *bounds)
+    assert ("Activate" in type(output.grad_fn).__name__) == (tuple(bounds) == (0, 6))
+
+
 def test_every_function_has_a_row_and_every_layer_is_tested():
     assert set(functional.__all__) == set(registry.OPERATIONS)
     modules = {name for operation in registry.OPERATIONS.values() for name in operation.modules}
@@ -237,7 +260,10 @@ def test_every_function_has_a_row_and_every_layer_is_tested():
     assert modules == set(LAYERS) | set(LOSSES) | fused
 
 
-@pytest.mark.parametrize("name", [name for name in functional.__all__ if hasattr(torch.nn.functional, name)])
+NAMES = [name for name in (*functional.__all__, *functional.ALIASES) if hasattr(torch.nn.functional, name)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_functions_have_torchs_signature(name):
     try:
         theirs = inspect.signature(getattr(torch.nn.functional, name))

@@ -257,6 +257,6 @@ def test_wrong_calls(ours, theirs, case, backend):
 @both_functions
 @pytest.mark.parametrize("input", [[1.0, 2.0], None, 3.0])
 def test_an_input_that_is_no_tensor(ours, theirs, input, backend):
-    """torch's AttributeError names no argument; ours is a TypeError that does."""
+    assert_wrong_like_torch(ours, theirs, input, 0)
     with pytest.raises(TypeError, match="softmax: input must be a Tensor"):
         ours(input, 0)

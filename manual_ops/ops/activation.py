@@ -32,11 +32,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manual_ops import geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms, transforms_active
-from manual_ops.kernel import Kernel, kernel
+from manual_ops.kernel import Kernel, in_front, kernel
 
 
 class Activation(NamedTuple):
@@ -199,12 +200,9 @@ def _backward_kernel(name: str, options: str) -> Kernel:
         )
 
     @backward.batch_rule
-    def _(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-        operands = [
-            arg.unsqueeze(0).expand(batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            for arg, dim in zip(args[:2], in_dims, strict=False)
-        ]
-        return op(*operands, *args[2:]), 0
+    def _(op: Any, batch_size: int, in_dims: Any, grad_output: Tensor, saved: Tensor, *options: Any) -> Any:
+        operands = in_front(grad_output, in_dims[0], batch_size), in_front(saved, in_dims[1], batch_size)
+        return op(*operands, *options), 0
 
     return backward
 
@@ -382,6 +380,16 @@ def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     Args, returns and errors are those of `relu`.
     """
     return _activation("relu6", "relu6", input, None, inplace)
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """min(max(x, min_val), max_val): `torch.nn.functional.hardtanh`.
+
+    Between 0 and 6, as `torch.nn.ReLU6` calls it, it is `relu6`; between other bounds it is torch's own.
+    """
+    if (min_val, max_val) == (0.0, 6.0):
+        return relu6(input, inplace)
+    return F.hardtanh(input, min_val, max_val, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:

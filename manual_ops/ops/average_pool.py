@@ -29,7 +29,7 @@ from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction
-from manual_ops.kernel import kernel
+from manual_ops.kernel import fold, kernel, unfold
 
 _WINDOW = (
     "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, bool count_include_pad, SymInt divisor_override, "
@@ -103,8 +103,7 @@ def average_spread(
 @average_spread.batch_rule
 def _(op, batch_size, in_dims, moving, *options):
     """Fold the batch into N."""
-    output = op(moving.movedim(in_dims[0], 0).flatten(0, 1), *options)
-    return output.unflatten(0, (batch_size, output.shape[0] // batch_size)), 0
+    return unfold(op(fold(moving, in_dims[0], batch_size), *options), batch_size), 0
 
 
 class AveragePool(ManualFunction):

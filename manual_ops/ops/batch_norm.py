@@ -65,7 +65,7 @@ from torch import Tensor
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms, transforms_active
 from manual_ops.geometry import accumulation_dtype
-from manual_ops.kernel import kernel
+from manual_ops.kernel import fold, in_front, kernel, unfold
 from manual_ops.ops.channel_sum import ChannelSum, per_channel
 
 
@@ -253,29 +253,15 @@ def _channel_dim(dims: int) -> int:
     return 0 if dims == 1 else 1
 
 
-def _fold(tensor: Any, batch_dim: int | None, batch_size: int) -> Any:
-    if not isinstance(tensor, Tensor):
-        return tensor
-    if batch_dim is None:
-        at = _channel_dim(tensor.dim())
-        batched = tensor.unsqueeze(at)
-        batched = batched.expand(*batched.shape[:at], batch_size, *batched.shape[at + 1 :])
-    else:
-        at = _channel_dim(tensor.dim() - 1)
-        batched = tensor.movedim(batch_dim, at)
-    return batched.flatten(at, at + 1)
-
-
 def _fold_into_channels(op, batch_size, in_dims, *args):
-    outputs = op(*(_fold(arg, dim, batch_size) for arg, dim in zip(args, in_dims, strict=True)))
-    several = isinstance(outputs, (tuple, list))
-    outputs = tuple(outputs) if several else (outputs,)
-    dims = tuple(_channel_dim(output.dim()) for output in outputs)
-    outputs = tuple(
-        output.unflatten(dim, (batch_size, output.shape[dim] // batch_size))
-        for output, dim in zip(outputs, dims, strict=True)
+    folded = (
+        fold(arg, dim, batch_size, _channel_dim(arg.dim() - (dim is not None))) if isinstance(arg, Tensor) else arg
+        for arg, dim in zip(args, in_dims, strict=True)
     )
-    return (outputs, dims) if several else (outputs[0], dims[0])
+    outputs = op(*folded)
+    if isinstance(outputs, Tensor):
+        return unfold(outputs, batch_size, _channel_dim(outputs.dim())), 0
+    return tuple(unfold(output, batch_size, _channel_dim(output.dim())) for output in outputs), (0,) * len(outputs)
 
 
 for _kernel in (
@@ -296,10 +282,8 @@ def _(op, batch_size, in_dims, running_mean, running_var, mean, var, count, mome
             "batch_norm: running_mean and running_var are updated in place and must be batched under vmap where the "
             "input is; or let the module track no running statistics"
         )
-    tensors = []
-    for tensor, dim in zip((running_mean, running_var, mean, var), in_dims, strict=False):
-        tensors.append(tensor.expand(batch_size, -1) if dim is None else tensor.movedim(dim, 0))
-    return op(*tensors, count, momentum), None
+    statistics = zip((running_mean, running_var, mean, var), in_dims, strict=False)
+    return op(*(in_front(tensor, dim, batch_size) for tensor, dim in statistics), count, momentum), None
 
 
 class ChannelScale(ManualFunction):
@@ -682,8 +666,7 @@ def _check(op, input, running_mean, running_var, weight, bias, training, momentu
     for name, tensor in present.items():
         if tensor.numel() != input.shape[1] or (name.startswith("running") and tensor.dim() != 1):
             raise RuntimeError(f"{op}: {name} must have the shape ({input.shape[1]},), got {tuple(tensor.shape)}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"{op}: {name} must be on the device of input, {input.device}, got {tensor.device}")
+        geometry.check_alike(op, name, tensor, input, "device")
         if name.startswith("running") and tensor.requires_grad:
             raise RuntimeError(f"{op}: {name} is updated in place or constant, and may not require a gradient")
     dtypes = {tensor.dtype for tensor in present.values()}
@@ -777,12 +760,7 @@ def batch_norm_relu(
         _check_several_values("batch_norm_relu", input)
     if residual is not None:
         geometry.check_tensor("batch_norm_relu", "residual", residual)
-        for what in ("shape", "dtype", "device"):
-            if getattr(residual, what) != getattr(input, what):
-                raise RuntimeError(
-                    f"batch_norm_relu: residual must have the {what} of input, {getattr(input, what)}, "
-                    f"got {getattr(residual, what)}"
-                )
+        geometry.check_alike("batch_norm_relu", "residual", residual, input, "shape", "dtype", "device")
     backend = modes.current_backend()
     statistics = (None, None) if training else (running_mean, running_var)
     output, mean, var, _ = BatchNormRelu.call(

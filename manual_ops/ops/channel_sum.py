@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manual_ops.autograd import ManualFunction
 from manual_ops.geometry import accumulation_dtype
-from manual_ops.kernel import kernel
+from manual_ops.kernel import fold, kernel, unfold
 
 
 @kernel("channel_sum(Tensor input) -> Tensor", meta=lambda input: input.new_empty(input.shape[1:2]))
@@ -23,8 +23,7 @@ def channel_sum(input: Tensor) -> Tensor:
 
 @channel_sum.batch_rule
 def _(op: Any, batch_size: int, in_dims: Any, input: Tensor) -> tuple[Tensor, int]:
-    folded = input.movedim(in_dims[0], 1)  # (N, B, C, ...)
-    return op(folded.flatten(1, 2)).unflatten(0, (batch_size, -1)), 0
+    return unfold(op(fold(input, in_dims[0], batch_size, 1)), batch_size), 0
 
 
 class ChannelSum(ManualFunction):

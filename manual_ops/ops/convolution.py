@@ -40,7 +40,7 @@ from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
-from manual_ops.kernel import kernel
+from manual_ops.kernel import fold, in_front, kernel, unfold
 from manual_ops.ops.channel_sum import ChannelSum, per_channel
 
 # Subscripts of einsum: the axes of the output and of the window.
@@ -155,43 +155,26 @@ def conv_weight_grad(grad_output, input, kernel_size, stride, padding, dilation,
 # a batch of both into the groups.
 
 
-def _into(tensor: Tensor, batch_dim: int, dim: int, groups: int) -> Tensor:
-    """Fold the batch into `dim` (counted without it), behind the groups: size (groups * rest) -> (groups, B, rest)."""
-    tensor = tensor.movedim(batch_dim, dim)
-    return tensor.unflatten(dim + 1, (groups, -1)).movedim(dim + 1, dim).flatten(dim, dim + 2)
-
-
-def _out_of(tensor: Tensor, batch_size: int, dim: int, groups: int) -> tuple[Tensor, int]:
-    """The inverse of `_into`, with the batch in front."""
-    return tensor.unflatten(dim, (groups, batch_size, -1)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2), 0
-
-
 def _fold_convolution(op, batch_size, in_dims, moving, weight, bias, size, options):
     """conv_forward and conv_input_grad: `moving` is (N, channels, ...); only the weight's other channel differs."""
     moving_dim, weight_dim, bias_dim = in_dims[:3]
     *window, groups = options
     out_channel_of_weight = 0 if op in (conv_forward.native, conv_forward.python) else 1
     if weight_dim is None and moving_dim is not None:
-        output = op(_into(moving, moving_dim, 0, 1), weight, None, size, *window, groups)
-        output, out_dim = _out_of(output, batch_size, 0, 1)
+        output = unfold(op(fold(moving, moving_dim, batch_size), weight, None, size, *window, groups), batch_size)
     elif moving_dim is None and weight_dim is not None:
         inner_groups = groups if out_channel_of_weight == 0 else 1
-        folded = _into(weight, weight_dim, out_channel_of_weight, inner_groups)
-        output = op(moving, folded, None, size, *window, groups)
-        output, out_dim = _out_of(output, batch_size, 1, groups)
+        folded = fold(weight, weight_dim, batch_size, out_channel_of_weight, inner_groups)
+        output = unfold(op(moving, folded, None, size, *window, groups), batch_size, 1, groups)
     elif weight_dim is not None:
-        folded = _into(weight, weight_dim, 0, 1)
-        output = op(_into(moving, moving_dim, 1, 1), folded, None, size, *window, groups * batch_size)
-        output, out_dim = _out_of(output, batch_size, 1, 1)
+        operands = fold(moving, moving_dim, batch_size, 1), fold(weight, weight_dim, batch_size)
+        output = unfold(op(*operands, None, size, *window, groups * batch_size), batch_size, 1)
     else:
-        output, out_dim = op(moving, weight, None, size, *window, groups), None
+        output = op(moving, weight, None, size, *window, groups).unsqueeze(0)
     if bias is None:
-        return output, out_dim
-    if bias_dim is None:
-        return output + per_channel(bias, output.dim() - (out_dim is not None)), out_dim
-    bias = bias.movedim(bias_dim, 0)  # (B, channels)
-    bias = bias.reshape(batch_size, 1, -1, *(1,) * len(size))
-    return (output if out_dim == 0 else output.unsqueeze(0)) + bias, 0
+        return output, 0
+    bias = in_front(bias, bias_dim, batch_size)  # (B, channels)
+    return output + bias.reshape(batch_size, 1, -1, *(1,) * len(size)), 0
 
 
 @conv_forward.batch_rule
@@ -209,13 +192,13 @@ def _(op, batch_size, in_dims, grad_output, input, kernel_size, *options):
     grad_dim, input_dim = in_dims[:2]
     *window, groups = options
     if input_dim is None:
-        grad_weight = op(_into(grad_output, grad_dim, 1, groups), input, kernel_size, *window, groups)
-        return _out_of(grad_weight, batch_size, 0, groups)
+        folded = fold(grad_output, grad_dim, batch_size, 1, groups)
+        return unfold(op(folded, input, kernel_size, *window, groups), batch_size, 0, groups), 0
     if grad_dim is None:
-        grad_weight = op(grad_output, _into(input, input_dim, 1, groups), kernel_size, *window, groups)
-        return _out_of(grad_weight, batch_size, 1, 1)
-    folded = _into(grad_output, grad_dim, 1, 1), _into(input, input_dim, 1, 1)
-    return _out_of(op(*folded, kernel_size, *window, groups * batch_size), batch_size, 0, 1)
+        folded = fold(input, input_dim, batch_size, 1, groups)
+        return unfold(op(grad_output, folded, kernel_size, *window, groups), batch_size, 1), 0
+    operands = fold(grad_output, grad_dim, batch_size, 1), fold(input, input_dim, batch_size, 1)
+    return unfold(op(*operands, kernel_size, *window, groups * batch_size), batch_size), 0
 
 
 class ConvForward(ManualFunction):
@@ -322,12 +305,8 @@ class ConvWeightGrad(ManualFunction):
 
 def _check_operands(op: str, axes: int, input: Tensor, weight: Tensor, bias: Tensor | None, out_channels: int) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.dtype != input.dtype:
-            raise RuntimeError(f"{op}: {name} must have the dtype of input, {input.dtype}, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise RuntimeError(f"{op}: {name} must be on the device of input, {input.device}, got {tensor.device}")
+        if tensor is not None:
+            geometry.check_alike(op, name, tensor, input, "dtype", "device")
     if bias is not None and tuple(bias.shape) != (out_channels,):
         raise RuntimeError(f"{op}: bias must have the shape ({out_channels},), got {tuple(bias.shape)}")
     if any(size == 0 for size in weight.shape[2:]):
@@ -418,6 +397,7 @@ def conv1d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     Raises:
         RuntimeError: for shapes, dtypes, devices or options that do not go together.
         TypeError: for arguments of another type.
+        NotImplementedError: for dtypes that are not floating.
 
     Formula: `manual_ops.ops.convolution`, (forward).
     """
@@ -503,6 +483,7 @@ def conv_transpose1d(input, weight, bias=None, stride=1, padding=0, output_paddi
     Raises:
         RuntimeError: for shapes, dtypes, devices or options that do not go together.
         TypeError: for arguments of another type.
+        NotImplementedError: for dtypes that are not floating.
 
     Formula: `manual_ops.ops.convolution`, (input_grad).
     """

@@ -48,7 +48,7 @@ from torch import Tensor
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
 from manual_ops.geometry import accumulation_dtype
-from manual_ops.kernel import kernel
+from manual_ops.kernel import fold, in_front, kernel, unfold
 from manual_ops.ops.channel_sum import per_channel
 from manual_ops.ops.reduction import reduction_argument
 from manual_ops.ops.softmax import LogSoftmax, Softmax, SoftmaxInputGrad
@@ -230,92 +230,72 @@ def nll_loss_input_grad(grad_output, target, weight, denominator, classes, reduc
 # Batch rules. The batch goes in front of N, and into `samples`, which keeps the reductions apart.
 
 
-def _folded(batch_size: int, at: int | None, tensor: Tensor) -> Tensor:
-    """(N, ...) with a batch somewhere, or without one, -> (B * N, ...)."""
-    tensor = tensor.expand(batch_size, *tensor.shape) if at is None else tensor.movedim(at, 0)
-    return tensor.flatten(0, 1)
-
-
-def _by_sample(batch_size: int, at: int | None, tensor: Tensor) -> Tensor:
-    """(*samples, ...) -> (B, *samples, ...)."""
-    return tensor.expand(batch_size, *tensor.shape) if at is None else tensor.movedim(at, 0)
-
-
-def _folded_weight(batch_size: int, at: int | None, weight: Tensor | None, samples: Any) -> Tensor | None:
+def _fold_weight(weight: Tensor | None, at: int | None, batch_size: int, samples: Any) -> Tensor | None:
     """(C,) for all, or (*samples, C), -> (C,) for all, or (B, *samples, C)."""
     if weight is None or (at is None and weight.dim() == 1):
         return weight
-    weight = _by_sample(batch_size, at, weight)  # (B, C) or (B, *samples, C)
+    weight = in_front(weight, at, batch_size)  # (B, C) or (B, *samples, C)
     if weight.dim() == 2:
         weight = weight.reshape(batch_size, *(1,) * len(samples), -1).expand(-1, *samples, -1)
     return weight
 
 
-def _unfolded(batch_size: int, output: Tensor) -> Tensor:
-    return output.unflatten(0, (batch_size, output.shape[0] // batch_size))
-
-
 @cross_entropy_forward.batch_rule
 def _(op, batch_size, in_dims, input, target, weight, reduction, samples, *options):
     loss, lse, denominator = op(
-        _folded(batch_size, in_dims[0], input),
-        _folded(batch_size, in_dims[1], target),
-        _folded_weight(batch_size, in_dims[2], weight, samples),
+        fold(input, in_dims[0], batch_size),
+        fold(target, in_dims[1], batch_size),
+        _fold_weight(weight, in_dims[2], batch_size, samples),
         reduction,
         [batch_size, *samples],
         *options,
     )
-    loss = _unfolded(batch_size, loss) if reduction == "none" else loss
-    return (loss, lse.unflatten(1, (batch_size, lse.shape[1] // batch_size)), denominator), (0, 1, 0)
+    loss = unfold(loss, batch_size) if reduction == "none" else loss
+    return (loss, unfold(lse, batch_size, 1), denominator), (0, 0, 0)
 
 
 @cross_entropy_input_grad.batch_rule
 def _(op, batch_size, in_dims, grad_output, input, target, weight, lse, denominator, reduction, samples, *options):
     grad_input = op(
-        (_folded if reduction == "none" else _by_sample)(batch_size, in_dims[0], grad_output),
-        _folded(batch_size, in_dims[1], input),
-        _folded(batch_size, in_dims[2], target),
-        _folded_weight(batch_size, in_dims[3], weight, samples),
-        torch.stack([_folded(batch_size, None if in_dims[4] is None else 0, part) for part in _parts(in_dims[4], lse)]),
-        _by_sample(batch_size, in_dims[5], denominator),
+        (fold if reduction == "none" else in_front)(grad_output, in_dims[0], batch_size),
+        fold(input, in_dims[1], batch_size),
+        fold(target, in_dims[2], batch_size),
+        _fold_weight(weight, in_dims[3], batch_size, samples),
+        fold(lse, in_dims[4], batch_size, 1),
+        in_front(denominator, in_dims[5], batch_size),
         reduction,
         [batch_size, *samples],
         *options,
     )
-    return _unfolded(batch_size, grad_input), 0
-
-
-def _parts(at: int | None, lse: Tensor) -> Tensor:
-    """The lse (2, N, *d), its batch behind the first dimension."""
-    return lse if at is None else lse.movedim(at, 1)
+    return unfold(grad_input, batch_size), 0
 
 
 @nll_loss_forward.batch_rule
 def _(op, batch_size, in_dims, input, target, weight, reduction, samples, ignore_index):
     loss, denominator = op(
-        _folded(batch_size, in_dims[0], input),
-        _folded(batch_size, in_dims[1], target),
-        _folded_weight(batch_size, in_dims[2], weight, samples),
+        fold(input, in_dims[0], batch_size),
+        fold(target, in_dims[1], batch_size),
+        _fold_weight(weight, in_dims[2], batch_size, samples),
         reduction,
         [batch_size, *samples],
         ignore_index,
     )
-    return (_unfolded(batch_size, loss) if reduction == "none" else loss, denominator), (0, 0)
+    return (unfold(loss, batch_size) if reduction == "none" else loss, denominator), (0, 0)
 
 
 @nll_loss_input_grad.batch_rule
 def _(op, batch_size, in_dims, grad_output, target, weight, denominator, classes, reduction, samples, ignore_index):
     grad_input = op(
-        (_folded if reduction == "none" else _by_sample)(batch_size, in_dims[0], grad_output),
-        _folded(batch_size, in_dims[1], target),
-        _folded_weight(batch_size, in_dims[2], weight, samples),
-        _by_sample(batch_size, in_dims[3], denominator),
+        (fold if reduction == "none" else in_front)(grad_output, in_dims[0], batch_size),
+        fold(target, in_dims[1], batch_size),
+        _fold_weight(weight, in_dims[2], batch_size, samples),
+        in_front(denominator, in_dims[3], batch_size),
         classes,
         reduction,
         [batch_size, *samples],
         ignore_index,
     )
-    return _unfolded(batch_size, grad_input), 0
+    return unfold(grad_input, batch_size), 0
 
 
 def _summed_to(weight: Tensor, terms: Tensor) -> Tensor:
@@ -500,8 +480,7 @@ def _check_tensors(op: str, input: Any, target: Any, weight: Any) -> None:
     for name, value in (("input", input), ("target", target), ("weight", weight)):
         if name != "weight" or value is not None:
             geometry.check_tensor(op, name, value)
-            if value.device != input.device:
-                raise RuntimeError(f"{op}: {name} must be on the device of input, {input.device}, got {value.device}")
+            geometry.check_alike(op, name, value, input, "device")
 
 
 def _check_weight(op: str, input: Tensor, weight: Tensor | None) -> None:
@@ -525,9 +504,10 @@ def _check_indices(op: str, input: Tensor, target: Tensor, weight: Tensor | None
         wanted = "int64 or uint8 class indices" if input.dim() < 3 else "int64 class indices, one for every pixel"
         raise RuntimeError(f"{op}: target must be {wanted}, got {target.dtype}")
     _check_weight(op, input, weight)
-    if weight is not None and weight.dtype != input.dtype:
-        raise RuntimeError(f"{op}: weight must have the dtype of input, {input.dtype}, got {weight.dtype}")
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+    if weight is None:
+        return
+    geometry.check_alike(op, "weight", weight, input, "dtype")
+    if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: weight must not require a gradient where target holds indices")
 
 
@@ -575,6 +555,7 @@ def cross_entropy(
         RuntimeError: for shapes, dtypes, devices or options that do not go together.
         TypeError: for arguments of another type.
         ValueError: for another reduction, and for batch sizes that differ.
+        NotImplementedError: for dtypes that are not floating.
 
     Formula: `manual_ops.ops.cross_entropy`, (cross_entropy).
     """
@@ -616,7 +597,7 @@ def nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, r
         A number, or the loss of every row, () or (N, *d), for reduction "none".
 
     Raises:
-        As `cross_entropy`.
+        ValueError: for an input without dimensions, which is an IndexError there; further as `cross_entropy`.
 
     Formula: `manual_ops.ops.cross_entropy`, (nll_loss).
     """

@@ -19,13 +19,13 @@ In the code: x is `input` (N, I), w `weight` (F, I), g `grad_output` (N, F).
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
-from manual_ops.kernel import kernel
+from manual_ops.kernel import backend_of, fold, in_front, kernel, unfold
 from manual_ops.ops.channel_sum import ChannelSum
+from manual_ops.ops.convolution import conv_forward
 
 
 @kernel(
@@ -42,22 +42,25 @@ def linear_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @linear_kernel.batch_rule
 def _(op: Any, batch_size: int, in_dims: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    """A batch of inputs goes into N, one of weights into F, one of both into the groups of a convolution."""
     input_dim, weight_dim, bias_dim = in_dims
-    if bias_dim is None and weight_dim is None:
-        folded = input.movedim(input_dim, 0)  # (B, N, I)
-        return op(folded.flatten(0, 1), weight, bias).unflatten(0, folded.shape[:2]), 0
-    biases = None
-    if bias is not None:
-        biases = bias.expand(batch_size, *bias.shape) if bias_dim is None else bias.movedim(bias_dim, 0)  # (B, F)
-    if input_dim is None and weight_dim is not None:
-        folded = weight.movedim(weight_dim, 0)  # (B, F, I)
-        output = op(input, folded.flatten(0, 1), None if biases is None else biases.flatten())
-        return output.unflatten(1, folded.shape[:2]), 1
-    inputs = input.expand(batch_size, *input.shape) if input_dim is None else input.movedim(input_dim, 0)
-    weights = weight.expand(batch_size, *weight.shape) if weight_dim is None else weight.movedim(weight_dim, 0)
-    if biases is None:
-        return torch.bmm(inputs, weights.mT), 0
-    return torch.baddbmm(biases.unsqueeze(1), inputs, weights.mT), 0
+    if weight_dim is None and bias_dim is None:
+        return unfold(op(fold(input, input_dim, batch_size), weight, bias), batch_size), 0
+    biases = in_front(bias, bias_dim, batch_size)  # (B, F)
+    if input_dim is None:
+        weights = fold(weight, weight_dim, batch_size)  # (B * F, I)
+        return unfold(op(input, weights, None if biases is None else biases.flatten()), batch_size, 1), 0
+    inputs, weights = in_front(input, input_dim, batch_size), in_front(weight, weight_dim, batch_size)
+    if inputs.numel() == 0 or weights.numel() == 0:  # a convolution has at least one channel
+        sums = inputs.new_zeros(batch_size, inputs.shape[1], weights.shape[1])
+        return (sums if biases is None else sums + biases.unsqueeze(1)), 0
+    signal = inputs.mT.flatten(0, 1).unsqueeze(0)  # (1, B * I, N)
+    window = weights.flatten(0, 1).unsqueeze(2)  # (B * F, I, 1)
+    options = [inputs.shape[1]], [1], [0], [1], batch_size
+    output = conv_forward(
+        signal, window, None if biases is None else biases.flatten(), *options, backend=backend_of(op)
+    )  # (1, B * F, N)
+    return unfold(output, batch_size, 1).squeeze(1).mT, 0
 
 
 class Linear(ManualFunction):
@@ -113,10 +116,7 @@ def _check(input: Any, weight: Any, bias: Any) -> None:
     if bias is not None:
         operands["bias"] = bias
     for name, operand in operands.items():
-        if operand.dtype != input.dtype:
-            raise RuntimeError(f"linear: {name} must have the input's dtype {input.dtype}, got {operand.dtype}")
-        if operand.device != input.device:
-            raise RuntimeError(f"linear: {name} must be on the input's device {input.device}, got {operand.device}")
+        geometry.check_alike("linear", name, operand, input, "dtype", "device")
     geometry.check_floating("linear", "input", input)
     if weight.dim() == 1 and bias is not None and (bias.dim() > 0 or input.dim() == 2):
         raise RuntimeError(

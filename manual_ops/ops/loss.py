@@ -31,8 +31,9 @@ from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
-from manual_ops.kernel import kernel
+from manual_ops.kernel import backend_of, in_front, kernel
 from manual_ops.ops.activation import Activate
+from manual_ops.ops.channel_sum import channel_sum
 from manual_ops.ops.reduction import reduction_argument
 
 
@@ -58,41 +59,35 @@ def _reduced(losses: Tensor, reduction: str, like: Tensor) -> Tensor:
 
 
 def _product(like: Tensor, scale: float, *factors: Any) -> Tensor:
-    """scale * factors, formed in the accumulation dtype (1/n alone would be lost in 16 bits) and rounded once."""
+    """scale * factors, formed in the accumulation dtype (1/n alone would be lost in 16 bits) and rounded once.
+
+    A number comes as a tensor of as many dimensions as `like` has: torch cannot multiply numbers of an empty batch.
+    """
     product: Any = scale
     for factor in factors:
-        product = product * (geometry.widened(factor) if isinstance(factor, Tensor) else factor)
+        factor = geometry.widened(factor)
+        product = product * (factor if factor.dim() else factor.reshape((1,) * like.dim()))
     return product.to(like.dtype)
 
 
-def _in_front(batch_size: int, in_dims: Any, *operands: Tensor | None) -> list[Any]:
-    """Every operand with the batch in front, expanded where it has none."""
-    moved: list[Any] = []
-    for operand, dim in zip(operands, in_dims, strict=False):
-        if operand is None or dim is not None:
-            moved.append(operand if operand is None else operand.movedim(dim, 0))
-        else:
-            moved.append(operand.expand(batch_size, *operand.shape))
-    return moved
-
-
-def _per_sample(losses: Tensor) -> Tensor:
-    return geometry.widened(losses).reshape(losses.shape[0], math.prod(losses.shape[1:]))  # (B, elements)
+def _sample_totals(op: Any, values: Tensor, reduction: str) -> Tensor:
+    """The sum or the mean of each sample: (B, ...) -> (B,)."""
+    count = math.prod(values.shape[1:])
+    samples = geometry.widened(values).reshape(1, values.shape[0], count)
+    totals = channel_sum(samples, backend=backend_of(op))
+    return (totals / count if reduction == "mean" else totals).to(values.dtype)
 
 
 def _batched_loss(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     """The reduction runs over one sample at a time, so it follows the pointwise losses of all of them."""
     *operands, reduction = args
-    losses = op(*_in_front(batch_size, in_dims, *operands), "none")
-    if reduction == "none":
-        return losses, 0
-    samples = _per_sample(losses)
-    return (samples.sum(1) if reduction == "sum" else samples.mean(1)).to(losses.dtype), 0
+    losses = op(*(in_front(operand, dim, batch_size) for operand, dim in zip(operands, in_dims, strict=False)), "none")
+    return (losses if reduction == "none" else _sample_totals(op, losses, reduction)), 0
 
 
 def _batched_backward(op: Any, batch_size: int, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     *operands, reduction = args
-    grads, *operands = _in_front(batch_size, in_dims, *operands)
+    grads, *operands = (in_front(operand, dim, batch_size) for operand, dim in zip(operands, in_dims, strict=False))
     if reduction != "none":
         sample = operands[0].shape[1:]
         grads = grads.reshape(batch_size, *(1,) * len(sample)).expand_as(operands[0])
@@ -108,8 +103,7 @@ def total(input: Tensor, reduction: str) -> Tensor:
 
 @total.batch_rule
 def _(op: Any, batch_size: int, in_dims: Any, input: Tensor, reduction: str) -> tuple[Tensor, int]:
-    samples = _per_sample(input.movedim(in_dims[0], 0))
-    return (samples.sum(1) if reduction == "sum" else samples.mean(1)).to(input.dtype), 0
+    return _sample_totals(op, input.movedim(in_dims[0], 0), reduction), 0
 
 
 class Total(ManualFunction):
@@ -126,8 +120,8 @@ class Total(ManualFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        scale = _scale(ctx.reduction, math.prod(ctx.shape))
-        return _product(grad_output, scale, grad_output).expand(ctx.shape), None, None
+        grad = grad_output.reshape((1,) * len(ctx.shape))
+        return _product(grad, _scale(ctx.reduction, math.prod(ctx.shape)), grad).expand(ctx.shape), None, None
 
     @staticmethod
     def tangent(inputs: Any, output: Tensor, tangents: Any) -> Tensor:
@@ -372,8 +366,7 @@ def _bends(input: Tensor, target: Tensor, pos_weight: Tensor | None, backend: st
 
 def _check_operand(op: str, name: str, operand: Any, input: Tensor) -> None:
     geometry.check_tensor(op, name, operand)
-    if operand.device != input.device:
-        raise RuntimeError(f"{op}: {name} must be on the input's device {input.device}, got {operand.device}")
+    geometry.check_alike(op, name, operand, input, "device")
 
 
 def _check_broadcasts(op: str, name: str, operand: Tensor, input: Tensor) -> None:
@@ -422,6 +415,8 @@ def mse_loss(
             "broadcast, which is rarely what is meant",
             stacklevel=2,
         )
+    if weight is not None and size_average is None and reduce is None and reduction == "elementwise_mean":
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum' where there is a weight, got {reduction!r}")
     reduction = reduction_argument(op, size_average, reduce, reduction)
     try:
         shape = torch.broadcast_shapes(input.shape, target.shape)
@@ -460,7 +455,8 @@ def binary_cross_entropy_with_logits(
     Args:
         input: logits x, any shape.
         target: probabilities t, the input's shape.
-        weight: multiplies the losses; broadcasts to the input's shape.
+        weight: multiplies the losses; broadcasts to the input's shape. As in torch only the transforms of torch.func
+            and forward mode differentiate by it and by pos_weight.
         size_average, reduce: deprecated ways to say `reduction`.
         reduction: "none", "mean" or "sum".
         pos_weight: p, multiplies the losses of the positive class; broadcasts to the input's shape.
@@ -470,7 +466,8 @@ def binary_cross_entropy_with_logits(
 
     Raises:
         ValueError: for another reduction, or a target of another shape than the input's.
-        RuntimeError: for shapes, dtypes or devices that do not go together.
+        RuntimeError: for shapes, dtypes or devices that do not go together, and where weight or pos_weight requires a
+            gradient.
         NotImplementedError: for an input that is not floating.
         TypeError: for anything but tensors.
 
@@ -496,6 +493,12 @@ def binary_cross_entropy_with_logits(
     p = None if pos_weight is None else pos_weight.to(dtype).expand(x.shape)
     if reduction == "none" and t.is_contiguous(memory_format=geometry.channels_last_format(t)):
         x = x.contiguous(memory_format=geometry.channels_last_format(t))  # the output has the target's layout
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        for name, factor in factors.items():
+            if factor is not None and factor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} must not require a gradient outside torch.func, as in torch, but does"
+                )
     backend = modes.current_backend()
     if weight is None:
         return BceWithLogits.call(x, t, p, reduction, backend).to(target.dtype)

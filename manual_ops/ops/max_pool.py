@@ -40,7 +40,7 @@ from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction
-from manual_ops.kernel import kernel
+from manual_ops.kernel import fold, kernel, unfold
 
 _WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool channels_last"
 _INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -155,29 +155,20 @@ def max_pool_pick(input, winner, kernel_size, stride, padding, dilation, channel
     return output.copy_(picked)  # (N, C, *O)
 
 
-def _into_batch(batch_size: int, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
-    """Fold the batch into N: (B, N, ...) -> (B*N, ...)."""
-    batched = [
-        tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, in_dims, strict=False)
-    ]
-    return [tensor.flatten(0, 1) for tensor in batched]
-
-
-def _out_of_batch(batch_size: int, tensor: Tensor) -> Tensor:
-    return tensor.unflatten(0, (batch_size, tensor.shape[0] // batch_size))
+# Batch rules: the batch goes into N.
 
 
 @max_pool_forward.batch_rule
 def _(op, batch_size, in_dims, input, *options):
-    outputs = op(*_into_batch(batch_size, in_dims, input), *options)
-    return tuple(_out_of_batch(batch_size, output) for output in outputs), (0, 0)
+    outputs = op(fold(input, in_dims[0], batch_size), *options)
+    return tuple(unfold(output, batch_size) for output in outputs), (0, 0)
 
 
 @max_pool_scatter.batch_rule
 @max_pool_pick.batch_rule
 def _(op, batch_size, in_dims, moving, winner, *options):
-    return _out_of_batch(batch_size, op(*_into_batch(batch_size, in_dims, moving, winner), *options)), 0
+    moving, winner = fold(moving, in_dims[0], batch_size), fold(winner, in_dims[1], batch_size)
+    return unfold(op(moving, winner, *options), batch_size), 0
 
 
 class MaxPool(ManualFunction):
@@ -344,6 +335,30 @@ def max_pool3d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     return _max_pool("max_pool3d", 3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
+def max_pool1d_with_indices(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """`max_pool1d`, with the positions of the winners whatever return_indices says, as torch's function of the name."""
+    op = "max_pool1d_with_indices"
+    return _max_pool(op, 1, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
+def max_pool2d_with_indices(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """`max_pool2d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    op = "max_pool2d_with_indices"
+    return _max_pool(op, 2, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
+def max_pool3d_with_indices(
+    input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
+):
+    """`max_pool3d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    op = "max_pool3d_with_indices"
+    return _max_pool(op, 3, input, kernel_size, stride, padding, dilation, ceil_mode, True)
+
+
 def _adaptive_max_pool(op, axes, input, output_size, return_indices):
     geometry.check_tensor(op, "input", input)
     geometry.check_adaptive_rank(op, axes, input, output_size)
@@ -388,3 +403,18 @@ def adaptive_max_pool3d(input, output_size, return_indices=False):
     Args, returns and errors are those of `adaptive_max_pool1d`, with input (N, C, D, H, W) or (C, D, H, W).
     """
     return _adaptive_max_pool("adaptive_max_pool3d", 3, input, output_size, return_indices)
+
+
+def adaptive_max_pool1d_with_indices(input, output_size, return_indices=False):
+    """`adaptive_max_pool1d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    return _adaptive_max_pool("adaptive_max_pool1d_with_indices", 1, input, output_size, True)
+
+
+def adaptive_max_pool2d_with_indices(input, output_size, return_indices=False):
+    """`adaptive_max_pool2d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    return _adaptive_max_pool("adaptive_max_pool2d_with_indices", 2, input, output_size, True)
+
+
+def adaptive_max_pool3d_with_indices(input, output_size, return_indices=False):
+    """`adaptive_max_pool3d`, with the positions of the winners; see `max_pool1d_with_indices`."""
+    return _adaptive_max_pool("adaptive_max_pool3d_with_indices", 3, input, output_size, True)

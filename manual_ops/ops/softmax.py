@@ -33,7 +33,7 @@ from torch import Tensor
 
 from manual_ops import autocast, geometry, modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
-from manual_ops.kernel import kernel
+from manual_ops.kernel import in_front, kernel
 
 
 def _like(first: Tensor, *_: Any) -> Tensor:
@@ -76,17 +76,13 @@ def log_softmax_input_grad(grad_output, output, dim):
 @softmax_forward.batch_rule
 @log_softmax_forward.batch_rule
 def _(op, batch_size, in_dims, input, dim):
-    return op(input.movedim(in_dims[0], 0), dim + 1), 0
+    return op(in_front(input, in_dims[0], batch_size), dim + 1), 0
 
 
 @softmax_input_grad.batch_rule
 @log_softmax_input_grad.batch_rule
 def _(op, batch_size, in_dims, grad_output, output, dim):
-    grad_output, output = (
-        tensor.expand(batch_size, *tensor.shape) if at is None else tensor.movedim(at, 0)
-        for tensor, at in zip((grad_output, output), in_dims, strict=False)
-    )
-    return op(grad_output, output, dim + 1), 0
+    return op(in_front(grad_output, in_dims[0], batch_size), in_front(output, in_dims[1], batch_size), dim + 1), 0
 
 
 class Softmax(ManualFunction):

@@ -52,7 +52,7 @@ from torch import distributed
 
 from manual_ops import modes
 from manual_ops.autograd import ManualFunction, sum_of_terms
-from manual_ops.kernel import Kernel
+from manual_ops.kernel import Kernel, in_front
 from manual_ops.ops.batch_norm import (
     ChannelDot,
     ChannelScale,
@@ -113,7 +113,7 @@ def _(op, batch_size, in_dims, input, group):
 
 @all_gather.batch_rule
 def _(op, batch_size, in_dims, input, group):
-    return op(input.movedim(in_dims[0], 0), group), 1
+    return op(in_front(input, in_dims[0], batch_size), group), 1
 
 
 class AllReduce(ManualFunction):

@@ -118,7 +118,7 @@ void Checker::access(const void* pointer, size_t bytes, size_t alignment, bool w
       return shared ? "shared memory " + variable_at(offset + i) : std::string("global memory");
     };
     const bool written = byte.write.time >= began, read = byte.read.time >= began;
-    if (shared && !write && !written) fail("read of uninitialised shared memory: %s", where().c_str());
+    if (shared && !write && !written) fail("read of uninitialised %s", where().c_str());
     if (written && unordered(byte.write) && !(atomic && (byte.write.thread & kAtomic)))
       fail("race: %s of %s after a write by thread %u%s", verb, where().c_str(), byte.write.thread & kThread,
            byte.write.time < block_time_ ? " of another block" : "");

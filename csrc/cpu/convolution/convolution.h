@@ -15,6 +15,11 @@ struct WeightLayout {
   int64_t group, channel_step, source_step;
 };
 
+// Offsets, in elements, of one run of the micro-kernel.
+struct Run {
+  int64_t a, b;
+};
+
 template <class T>
 void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                   T* destination);

@@ -1,17 +1,8 @@
 // Convolution by register-blocked tiles, for any shape.
-#include <new>
 #include <utility>
 
 #include "cpu/convolution/convolution.h"
-
-namespace manual_ops {
-
-// Offsets, in elements, of one run of the micro-kernel.
-struct Run {
-  int64_t a, b;
-};
-
-}  // namespace manual_ops
+#include "cpu/scratch.h"
 
 #define MANUAL_OPS_KERNELS "cpu/convolution/dense_kernels.h"
 #include "cpu/each_isa.h"
@@ -19,21 +10,6 @@ struct Run {
 namespace manual_ops {
 
 namespace {
-
-// Uninitialised memory on a cache line of its own.
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(::operator new (std::max<int64_t>(1, count) * sizeof(A), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete (data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  A* data() const { return data_; }
-
- private:
-  A* data_;
-};
 
 // The weight gradient is summed in at most so many parts, each over blocks of its own, and the parts are added in their
 // order. Each part is as large as the weight: together they may take this many bytes.
