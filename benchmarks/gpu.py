@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="instead of results/<gpu>")
     parser.add_argument("--cases", type=int, help="measure the first so many cases of each part only")
     parser.add_argument("--dry-run", action="store_true", help="once, on the CPU, at a reduced size")
+    parser.add_argument("--build", action="store_true", help="only build, and say what goes wrong")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
@@ -63,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(options)
         return
+    if options.build:
+        row = build(None, options)
+        sys.exit("\n".join([row["problem"], *row["log"]]) if "problem" in row else 0)
     unknown = set(options.parts) - set(LIMITS)
     if unknown:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
@@ -156,11 +161,11 @@ def _environment() -> dict[str, str]:
 def _stopped(process: "subprocess.Popen[Any]") -> None:
     """End a process and what it started: compilers, workers of the tests."""
     if process.poll() is None:
-        os.killpg(process.pid, 9)
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _logged(command: list[str], log: Path, limit: float, environment: dict[str, str]) -> int | None:
+def _logged(command: list[str], log: Path, limit: float | None, environment: dict[str, str]) -> int | None:
     """Append a command's output to a log; its exit status, or None where it ran past the limit."""
     with log.open("a") as output:
         output.write(f"$ {' '.join(command)}\n")
@@ -169,7 +174,7 @@ def _logged(command: list[str], log: Path, limit: float, environment: dict[str, 
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            return process.wait(timeout=max(1, limit))
+            return process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
             return None
         finally:
@@ -180,16 +185,19 @@ def _tail(log: Path, lines: int = 40) -> list[str]:
     return log.read_text(errors="replace").splitlines()[-lines:]
 
 
-def build(limit: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Both libraries, in place, for this GPU alone."""
+def build(limit: float | None, options: argparse.Namespace) -> dict[str, Any]:
+    """Both libraries, in place, with what this interpreter has; TORCH_CUDA_ARCH_LIST, if set, says for which GPUs."""
     if options.dry_run:
         return {"skipped": "a dry run uses the libraries that are there"}
     program = "import torch; major, minor = torch.cuda.get_device_capability(); print(f'{major}.{minor}')"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     capability = told.stdout.strip()
-    # The suffix a lets the instructions in that one generation alone has.
-    architecture = capability + "a" if capability in ("9.0", "10.0", "12.0") else capability
-    environment = {**_environment(), "TORCH_CUDA_ARCH_LIST": architecture, "MANUAL_OPS_CUDA": "1"}
+    if not capability:
+        return {"problem": "torch finds no usable GPU", "log": told.stderr.splitlines()[-1:]}
+    environment = {**_environment(), "MANUAL_OPS_CUDA": "1"}
+    # The suffix allows instructions that this generation alone has.
+    native = capability + "a" if capability in ("9.0", "10.0", "12.0") else capability
+    architecture = environment.setdefault("TORCH_CUDA_ARCH_LIST", native)
     environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as temporary:
         log = Path(temporary, "build.txt")
@@ -305,6 +313,7 @@ def _watched(command: list[str], log: Path, lines: Path, end: float, silences: l
 
 def work(options: argparse.Namespace) -> None:
     import torch
+
     from gpu_parts import PARTS, Settings, clean_up, prepare
     from timing import DeviceLost, describe
 

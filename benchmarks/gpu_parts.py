@@ -13,10 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import NETWORKS
-from peers import PEERS, peers
-from suites import GPU
-from timing import Time, describe, measure, raise_if_lost
 from torch import Tensor
 
 import manual_ops
@@ -24,6 +20,10 @@ from manual_ops import functional
 from manual_ops.compare import LARGEST_ERROR, Layer, arguments, kept_bytes
 from manual_ops.environment import environment
 from manual_ops.registry import OPERATIONS
+from networks import NETWORKS
+from peers import PEERS, peers
+from suites import GPU
+from timing import Time, describe, measure, raise_if_lost
 
 Row = dict[str, Any]
 
