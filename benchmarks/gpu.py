@@ -1,7 +1,7 @@
 """Builds, tests and measures on this machine's GPU; writes results/<gpu>/gpu.json, plots and a log of the tests.
 
 python benchmarks/gpu.py                           everything, within --minutes
-python benchmarks/gpu.py operations networks       these parts; the others stay as an earlier run wrote them
+python benchmarks/gpu.py compiled                  this part; the others stay as an earlier run wrote them
 python benchmarks/gpu.py --dry-run                 every part once on the CPU, at a reduced size
 
 It runs unattended. Each part is a process of its own with a limit of time, and a part that measures goes case by case:
@@ -56,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--also-to", type=Path, help="a folder that gets a copy of the results after every part")
     parser.add_argument("--output", type=Path, help="instead of results/<gpu>")
     parser.add_argument("--cases", type=int, help="measure the first so many cases of each part only")
+    parser.add_argument(
+        "--compile-mode", default="default", help="torch.compile's mode, say max-autotune-no-cudagraphs"
+    )
     parser.add_argument("--dry-run", action="store_true", help="once, on the CPU, at a reduced size")
     parser.add_argument("--build", action="store_true", help="only build, and say what goes wrong")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -67,7 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if options.build:
         row = build(None, options)
-        sys.exit("\n".join([row["problem"], *row["log"]]) if "problem" in row else 0)
+        if "problem" in row:
+            sys.exit("\n".join([*row["log"], row["problem"]]))
+        print(f"built for {row['architecture']}")
+        return
     unknown = set(options.parts) - set(LIMITS)
     if unknown:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(LIMITS)}")
@@ -266,6 +272,7 @@ def measure_part(name: str, end: float, options: argparse.Namespace) -> dict[str
 
 def _worker(name: str, start: int, lines: Path, options: argparse.Namespace) -> list[str]:
     command = [sys.executable, str(HERE / "gpu.py"), "--worker", name, "--start", str(start), "--lines", str(lines)]
+    command += ["--compile-mode", options.compile_mode]
     command += ["--dry-run"] if options.dry_run else []
     return command + (["--cases", str(options.cases)] if options.cases is not None else [])
 
@@ -318,7 +325,7 @@ def work(options: argparse.Namespace) -> None:
     from timing import DeviceLost, describe
 
     cases = PARTS[options.worker][: options.cases]
-    settings = Settings(torch.device("cpu" if options.dry_run else "cuda"), rehearsal=options.dry_run)
+    settings = Settings(torch.device("cpu" if options.dry_run else "cuda"), options.dry_run, options.compile_mode)
 
     with options.lines.open("a") as lines:
 

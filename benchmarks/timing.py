@@ -15,7 +15,7 @@ import torch
 
 Calls = Sequence[Callable[[], Any]]
 
-FEWEST_RUNS, MOST_RUNS = 7, 60
+FEWEST_RUNS, MOST_RUNS = 5, 60
 WARM_UP = 3
 
 
