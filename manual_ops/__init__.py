@@ -3,6 +3,7 @@
 from manual_ops import functional, nn
 from manual_ops.convert import ConvertedLayers, convert, converted_layers, intercept
 from manual_ops.modes import backend, current_backend, set_backend
+from manual_ops.recipes import lean
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "current_backend",
     "functional",
     "intercept",
+    "lean",
     "nn",
     "set_backend",
 ]

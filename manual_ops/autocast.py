@@ -11,11 +11,14 @@ Function, so that each gradient comes back in the dtype of its operand. A float6
 autocast, stays as it is.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from manual_ops import recipes
 
 Policy = Callable[[str, list[Tensor]], torch.dtype]
 
@@ -64,7 +67,14 @@ def cast(op: str, *operands: Any) -> tuple[Any, ...]:
     if not eligible:
         return operands
     dtype = policy(device, eligible)
-    return tuple(operand.to(dtype) if _is_eligible(operand, device) else operand for operand in operands)
+    return tuple(_in_dtype(operand, dtype) if _is_eligible(operand, device) else operand for operand in operands)
+
+
+def _in_dtype(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    converted = operand.to(dtype)
+    if converted is not operand and recipes.active():
+        recipes.made(converted, functools.partial(Tensor.to, dtype=dtype), operand)
+    return converted
 
 
 def _is_eligible(operand: Any, device: str) -> bool:

@@ -1,5 +1,6 @@
 """Swaps the layers of an existing model for manual_ops' and back, and reroutes direct calls of torch's functions."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from manual_ops import functional, nn
+from manual_ops import functional, nn, recipes
+from manual_ops.fuse import fuse as fuse_layers
+from manual_ops.fuse import unfuse
 from manual_ops.geometry import FLOATING_DTYPES
 from manual_ops.registry import OPERATIONS
 
@@ -23,7 +26,13 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 
-def convert(model: Model, to: Literal["manual_ops", "torch"] = "manual_ops") -> Model:
+def convert(
+    model: Model,
+    to: Literal["manual_ops", "torch"] = "manual_ops",
+    *,
+    fuse: bool = False,
+    lean: bool | None = None,
+) -> Model:
     """Swap, in place, every layer of `model` whose exact type has a twin.
 
     A layer stays the same object: its parameters, buffers, hooks, names and training mode, and every reference to it
@@ -32,8 +41,13 @@ def convert(model: Model, to: Literal["manual_ops", "torch"] = "manual_ops") -> 
 
     Args:
         model: any module; a single layer too.
-        to: "manual_ops", or "torch" to take it back. The fused layers (`BatchNormReLU2d`, ...) have no twin in torch
-            and stay.
+        to: "manual_ops", or "torch" to take it back, what `fuse` and `lean` did included. Fused layers of the model's
+            own (`BatchNormReLU2d`, ...) have no twin in torch and stay.
+        fuse: put a `BatchNormReLU` layer where a ReLU follows a batch norm, or the sum of a batch norm and a residual,
+            in a `torch.nn.Sequential` or in the forward of a module that torch.fx can trace; a warning names a module
+            that it cannot. Layers that have hooks or are used in several places stay as they are. State dicts fit.
+        lean: True lets `model` run in lean mode (see `manual_ops.lean`) whenever it is called, by two hooks on it;
+            False takes them away; None leaves this as it is. Going back to torch takes them away too.
 
     Returns:
         `model` itself.
@@ -46,12 +60,53 @@ def convert(model: Model, to: Literal["manual_ops", "torch"] = "manual_ops") -> 
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if to not in ("manual_ops", "torch"):
         raise ValueError(f"convert: to must be 'manual_ops' or 'torch', got {to!r}")
+    if to == "torch":
+        unfuse(model)
     twins = TWINS if to == "manual_ops" else {ours: theirs for theirs, ours in TWINS.items()}
     for module in model.modules():
         layer_type = parametrize.type_before_parametrizations(module)
         if layer_type in twins:
             module.__class__ = _with_parametrizations_of(module, twins[layer_type])
+    if fuse and to == "manual_ops":
+        fuse_layers(model)
+    if lean is not None or to == "torch":
+        _set_lean(model, bool(lean) and to == "manual_ops")
     return model
+
+
+def _set_lean(model: torch.nn.Module, on: bool) -> None:
+    for hooks, ours in ((model._forward_pre_hooks, _enter_lean), (model._forward_hooks, _leave_lean)):
+        for number in [number for number, hook in hooks.items() if hook is ours]:
+            del hooks[number]
+            model._forward_hooks_always_called.pop(number, None)
+    if on:
+        model.register_forward_pre_hook(_enter_lean, prepend=True)
+        model.register_forward_hook(_leave_lean, always_call=True)
+
+
+def _enter_lean(model: torch.nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        block = recipes.lean()
+        block.__enter__()
+        _open_blocks().append(block)
+
+
+def _leave_lean(model: torch.nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling() and _open_blocks():
+        _open_blocks().pop().__exit__(None, None, None)
+
+
+class _Blocks(threading.local):
+    def __init__(self) -> None:
+        self.open: list[Any] = []
+
+
+_blocks = _Blocks()
+
+
+def _open_blocks() -> list[Any]:
+    """The blocks of lean mode that models of this thread are in, the innermost last."""
+    return _blocks.open
 
 
 def _with_parametrizations_of(module: torch.nn.Module, twin: type[torch.nn.Module]) -> type[torch.nn.Module]:

@@ -1,4 +1,4 @@
-"""The settings that choose how an operation runs, per thread: today the backend.
+"""The settings that choose how an operation runs, per thread: the backend, and whether it is lean.
 
 A mode is read once, in the forward, and travels to the backward with the saved tensors, because autograd runs backward
 passes on threads of its own.
@@ -19,6 +19,7 @@ Backend = Literal["python", "native"]
 
 class _Modes(threading.local):
     backend: Backend = "native"
+    lean: bool = False
 
 
 _modes = _Modes()
@@ -49,6 +50,16 @@ def set_backend(name: Backend) -> None:
     if name == "native" and not kernel.native_library_loaded():
         raise RuntimeError(f"set_backend: no native kernels: {kernel.native_library_problem()}")
     _modes.backend = name
+
+
+def is_lean() -> bool:
+    """Whether this thread is inside a `manual_ops.lean()` block."""
+    return _modes.lean
+
+
+def set_lean(on: bool) -> None:
+    """Enter or leave lean mode; `manual_ops.lean()` does it for a block."""
+    _modes.lean = on
 
 
 @contextmanager

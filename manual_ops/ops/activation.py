@@ -27,6 +27,7 @@ table's last column times g, plain differentiable arithmetic, so that third and 
 In the code: `saved` is s; `slope` is a for leaky_relu and None for the others.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manual_ops import geometry, modes
+from manual_ops import geometry, modes, recipes
 from manual_ops.autograd import ManualFunction, sum_of_terms, transforms_active
 from manual_ops.kernel import Kernel, in_front, kernel
 
@@ -326,15 +327,43 @@ def _activation(op: str, name: str, input: Tensor, slope: float | None = None, i
         backend = "python"
     else:
         geometry.check_floating(op, "input", input)
+    lean = recipes.active() and input.requires_grad
     if not inplace:
-        return Activate.call(input, name, slope, backend)
+        output = Activate.call(input, name, slope, backend)
+        return _noted(output, input, name, slope, backend) if lean else output
     if not (torch.compiler.is_compiling() or transforms_active()):
         _check_writable(op, input)
         records = torch.is_grad_enabled() and input.requires_grad
         if not records or ACTIVATIONS[name].saves_output:
-            return ActivateInPlace.call(input, name, slope, backend)
+            recipe = recipes.recipe_of(input) if lean else None
+            output = ActivateInPlace.call(input, name, slope, backend)
+            return output if recipe is None else _noted(output, recipe, name, slope, backend)
     source = input if _saves_output(name, slope) else input.clone()
-    return input.copy_(Activate.call(source, name, slope, backend))
+    if lean:
+        recipes.copy_recipe(source, input)
+    output = Activate.call(source, name, slope, backend)
+    if lean:
+        _noted(output, source, name, slope, backend)
+    result = input.copy_(output)
+    if lean:
+        recipes.copy_recipe(result, output)
+    return result
+
+
+def _noted(output: Tensor, source: Any, name: str, slope: float | None, backend: str) -> Tensor:
+    """The output, for lean mode with the recipe that makes it of its source, a tensor or a recipe."""
+    again = functools.partial(_again, name=name, slope=slope, backend=backend)
+    if _saves_output(name, slope):
+        recipes.made(output, again, source)
+        recipes.keep(output, 0, output)
+    else:
+        recipes.keep(output, 0, source)
+        recipes.made(output, again, source)
+    return output
+
+
+def _again(input: Tensor, *, name: str, slope: float | None, backend: str) -> Tensor:
+    return FORWARD[name](input, *_options(slope), backend=backend)
 
 
 def _check_writable(op: str, input: Tensor) -> None:

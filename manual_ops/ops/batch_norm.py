@@ -56,13 +56,14 @@ In the code: x is `input` (N, C, ...), w `weight`, b `bias`, g `grad_output`, m 
 dtype of accumulation. `training` says that mean and var are the input's own.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manual_ops import autocast, geometry, modes
+from manual_ops import autocast, geometry, modes, recipes
 from manual_ops.autograd import ManualFunction, sum_of_terms, transforms_active
 from manual_ops.geometry import accumulation_dtype
 from manual_ops.kernel import fold, in_front, kernel, unfold
@@ -387,8 +388,8 @@ class BatchNorm(ManualFunction):
         ctx.mark_non_differentiable(mean, var)
         ctx.dtypes = _dtypes(weight, bias)
         input_needs, weight_needs, *_ = ctx.needs_input_grad
-        needs_input = weight_needs or (ctx.training and input_needs)
-        ctx.save_for_backward(input if needs_input else None, weight if input_needs else None, mean, var)
+        ctx.saves_input = weight_needs or (ctx.training and input_needs)
+        ctx.save_for_backward(input if ctx.saves_input else None, weight if input_needs else None, mean, var)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
@@ -526,8 +527,9 @@ class BatchNormRelu(ManualFunction):
         ctx.dtypes = _dtypes(weight, bias)
         input_needs, _, weight_needs, bias_needs, *_ = ctx.needs_input_grad
         recomputes = residual is None and (input_needs or weight_needs or bias_needs)
+        ctx.saves_input = recomputes or weight_needs or (ctx.training and input_needs)
         ctx.save_for_backward(
-            input if recomputes or weight_needs or (ctx.training and input_needs) else None,
+            input if ctx.saves_input else None,
             weight if recomputes or input_needs else None,
             mean,
             var,
@@ -721,7 +723,10 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
         _check_several_values("batch_norm", input)
     backend = modes.current_backend()
     statistics = (None, None) if training else (running_mean, running_var)
-    output, mean, var = BatchNorm.call(input, _flat(weight), _flat(bias), *statistics, training, eps, backend)
+    affine = _flat(weight), _flat(bias)
+    output, mean, var = BatchNorm.call(input, *affine, *statistics, training, eps, backend)
+    if output.requires_grad and recipes.active():
+        _note(output, input, None, mean, var, *affine, eps, False, backend)
     if training:
         _update_running(input, running_mean, running_var, mean, var, momentum, backend)
     return output
@@ -763,12 +768,26 @@ def batch_norm_relu(
         geometry.check_alike("batch_norm_relu", "residual", residual, input, "shape", "dtype", "device")
     backend = modes.current_backend()
     statistics = (None, None) if training else (running_mean, running_var)
-    output, mean, var, _ = BatchNormRelu.call(
-        input, residual, _flat(weight), _flat(bias), *statistics, training, eps, backend
-    )
+    affine = _flat(weight), _flat(bias)
+    output, mean, var, _ = BatchNormRelu.call(input, residual, *affine, *statistics, training, eps, backend)
+    if output.requires_grad and recipes.active():
+        _note(output, input, residual, mean, var, *affine, eps, True, backend)
     if training:
         _update_running(input, running_mean, running_var, mean, var, momentum, backend)
     return output
+
+
+def _note(output, input, residual, mean, var, weight, bias, eps, relu, backend):
+    """For lean mode: the output, made again of the statistics, has the same bits."""
+    if output.grad_fn.saves_input:
+        recipes.keep(output, 0, input)
+    again = functools.partial(_again, eps=eps, relu=relu, backend=backend)
+    statistics = mean.detach(), var.detach()
+    recipes.made(output, again, input, residual, *statistics, weight, bias)
+
+
+def _again(input, residual, mean, var, weight, bias, *, eps, relu, backend):
+    return batch_norm_forward(input, residual, mean, var, weight, bias, eps, relu, backend=backend)[0]
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manual_ops import autocast, geometry, modes
+from manual_ops import autocast, geometry, modes, recipes
 from manual_ops.autograd import ManualFunction, sum_of_terms
 from manual_ops.kernel import fold, in_front, kernel, unfold
 from manual_ops.ops.channel_sum import ChannelSum, per_channel
@@ -376,6 +376,8 @@ def _convolution(op, axes, input, weight, bias, stride, padding, dilation, group
     batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
     options = (stride, left, dilation, groups)
     output = ConvForward.call(batched, weight, bias, output_size, options, modes.current_backend())
+    if weight.requires_grad and recipes.active():
+        recipes.keep(output, 0, batched)
     return output if batched is input else output.squeeze(0)
 
 
@@ -458,6 +460,8 @@ def _conv_transpose(op, axes, input, weight, bias, stride, padding, output_paddi
     batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
     options = (stride, padding, dilation, groups)
     output = ConvInputGrad.call(batched, weight, bias, output_size, options, modes.current_backend())
+    if weight.requires_grad and recipes.active():
+        recipes.keep(output, 0, batched)
     return output if batched is input else output.squeeze(0)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from manual_ops import autocast, geometry, modes
+from manual_ops import autocast, geometry, modes, recipes
 from manual_ops.autograd import ManualFunction, sum_of_terms
 from manual_ops.kernel import backend_of, fold, in_front, kernel, unfold
 from manual_ops.ops.channel_sum import ChannelSum
@@ -154,13 +154,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and bias.shape == (1, *matrix.shape[:1]):
         bias = bias.squeeze(0)
     if bias is None or bias.shape == matrix.shape[:1]:
-        return Linear.call(rows, matrix, bias, backend).reshape(shape)
+        return _product(rows, matrix, bias, backend).reshape(shape)
     if not _broadcasts(bias.shape, shape):
         raise RuntimeError(
             f"linear: bias must have the shape ({matrix.shape[0]},), or one that broadcasts to the output's {shape}, "
             f"got {tuple(bias.shape)}"
         )
-    return Linear.call(rows, matrix, None, backend).reshape(shape) + bias
+    return _product(rows, matrix, None, backend).reshape(shape) + bias
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    output = Linear.call(rows, weight, bias, backend)
+    if weight.requires_grad and recipes.active():
+        recipes.keep(output, 0, rows)
+    return output
 
 
 def _broadcasts(shape: Any, target: Any) -> bool:
