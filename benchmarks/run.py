@@ -14,10 +14,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from suites import SUITES
 
 from manual_ops.compare import Comparison, compare
 from manual_ops.environment import environment
+from suites import SUITES
 
 matplotlib.use("agg")
 from matplotlib import pyplot

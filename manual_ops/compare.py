@@ -227,19 +227,26 @@ def _literal(text: str) -> Any:
 
 
 def arguments(
-    layer: Layer, operation: Operation, dtype: torch.dtype, channels_last: bool = False
+    layer: Layer,
+    operation: Operation,
+    dtype: torch.dtype,
+    channels_last: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operation's arguments: its input, and tensors of fitting shapes for whatever else it takes.
+
+    The option `residual` or `probabilities`, if true, makes a residual or a target of probabilities.
 
     Raises:
         ValueError: for an option that the operation does not have, naming those that it has.
     """
     accepted = list(inspect.signature(operation.function).parameters)
     options = dict(layer.options)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, grad: bool = True) -> Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+        values = torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype)
         if channels_last and values.dim() in (4, 5):
             values = values.to(memory_format=torch.channels_last if values.dim() == 4 else torch.channels_last_3d)
         return values.requires_grad_(grad)
@@ -266,15 +273,19 @@ def arguments(
     elif "running_mean" in accepted:
         channels = layer.input[1]
         tensors = {
-            "running_mean": torch.zeros(channels, dtype=dtype),
-            "running_var": torch.ones(channels, dtype=dtype),
+            "running_mean": torch.zeros(channels, dtype=dtype, device=device),
+            "running_var": torch.ones(channels, dtype=dtype, device=device),
             "weight": normal(channels),
             "bias": normal(channels),
             "training": True,
         }
+        if options.pop("residual", False):
+            tensors["residual"] = normal(*layer.input)
+    elif options.pop("probabilities", False):
+        tensors = {"target": normal(*layer.input, grad=False).softmax(1)}
     elif operation.name in ("cross_entropy", "nll_loss"):
         shape = (layer.input[0], *layer.input[2:])
-        tensors = {"target": torch.randint(layer.input[1], shape, generator=generator)}
+        tensors = {"target": torch.randint(layer.input[1], shape, generator=generator, device=device)}
     elif "target" in accepted:
         tensors = {"target": normal(*layer.input, grad=False).sigmoid()}
     for name in options:
@@ -321,7 +332,8 @@ def _pass(
         return output[0] if isinstance(output, tuple) else output
 
     output = forward().detach()
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    generator = torch.Generator(output.device).manual_seed(1)
+    cotangent = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
     # A gradient arrives in the memory format of the output, as it would from a next layer.
     cotangent = torch.empty_like(output).copy_(cotangent)
 

@@ -13,7 +13,7 @@ from manual_ops import functional
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call. Floating tensors are float64 on the CPU; those to differentiate by have requires_grad."""
+    """Arguments of one call. Floating tensors are float64, those to differentiate by have requires_grad."""
 
     label: str
     args: tuple[Any, ...]
@@ -47,7 +47,7 @@ class Operation:
     make_samples: Callable[["_Draw"], list[Sample]]
 
     def samples(self) -> list[Sample]:
-        """Small calls that cover the operation's options; the same ones every time."""
+        """Small calls that cover the operation's options; the same ones every time, on torch's default device."""
         return self.make_samples(_Draw())
 
 
@@ -55,17 +55,19 @@ class _Draw:
     """Draws the tensors of samples, the same ones every time."""
 
     def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)  # every device the same values
 
     def normal(self, *shape: int, grad: bool = True) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=self.generator).requires_grad_(grad)
+        values = torch.randn(*shape, dtype=torch.float64, generator=self.generator, device="cpu")
+        return values.to(torch.get_default_device()).requires_grad_(grad)
 
     def positive(self, *shape: int, grad: bool = False) -> Tensor:
-        values = torch.rand(*shape, dtype=torch.float64, generator=self.generator)
-        return (values + 0.5).requires_grad_(grad)
+        values = torch.rand(*shape, dtype=torch.float64, generator=self.generator, device="cpu")
+        return (values + 0.5).to(torch.get_default_device()).requires_grad_(grad)
 
     def classes(self, count: int, *shape: int) -> Tensor:
-        return torch.randint(count, shape, generator=self.generator)
+        classes = torch.randint(count, shape, generator=self.generator, device="cpu")
+        return classes.to(torch.get_default_device())
 
     def distribution(self, *shape: int) -> Tensor:
         return self.normal(*shape, grad=False).softmax(1).requires_grad_()

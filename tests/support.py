@@ -16,9 +16,25 @@ TOLERANCE = {
 }
 
 
-def tensor(*shape, dtype=torch.float64, device="cpu", requires_grad=True):
-    """A standard normal tensor that asks for its gradient."""
-    return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(requires_grad)
+def tensor(*shape, dtype=torch.float64, device=None, requires_grad=True):
+    """A standard normal tensor that asks for its gradient; the same values on every device."""
+    values = torch.randn(*shape, dtype=torch.float64, device="cpu")
+    return values.to(device or torch.get_default_device(), dtype).requires_grad_(requires_grad)
+
+
+def moved(value, device):
+    """A tensor on a device as it lies here, with what is between its elements and in front of them."""
+    if not isinstance(value, torch.Tensor) or value.device.type == device:
+        return value
+    memory = value.detach()
+    memory = memory.as_strided((memory.untyped_storage().nbytes() // memory.itemsize,), (1,), 0).to(device)
+    there = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+    return there.requires_grad_(value.requires_grad)
+
+
+def device_type():
+    """The device of the running test, as torch.autocast and GradScaler name it."""
+    return torch.get_default_device().type
 
 
 def assert_same(ours, theirs, **tolerance):

@@ -11,7 +11,7 @@ import manual_ops
 from manual_ops import autocast, functional, kernel
 from manual_ops.registry import OPERATIONS
 from models import DenseNet, Functional, ResNet
-from support import TOLERANCE, assert_same, tensor
+from support import TOLERANCE, assert_same, device_type, tensor
 
 LOWER = [torch.bfloat16, torch.float16]
 
@@ -44,7 +44,7 @@ def _called(function, sample, dtypes, low):
     kwargs = {name: moved(value) for name, value in sample.kwargs.items()}
     inputs = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor) and value.requires_grad]
     try:
-        with torch.autocast("cpu", dtype=low):
+        with torch.autocast(device_type(), dtype=low):
             output = function(*args, **kwargs)
     except Exception as error:
         return type(error)
@@ -84,12 +84,13 @@ def test_dtypes_and_values_are_torchs(backend, name, low):
 def test_autocast_switched_off_inside_changes_nothing(name):
     operation = OPERATIONS[name]
     sample = operation.samples()[0].to(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(device_type(), dtype=torch.bfloat16), torch.autocast(device_type(), enabled=False):
         inside = operation.function(*sample.args, **sample.kwargs)
     outside = operation.function(*sample.args, **sample.kwargs)
     assert_same(inside, outside, rtol=0, atol=0)
 
 
+@pytest.mark.cpu("needs tensors on another device than the one autocast is for")
 def test_a_device_without_autocast_is_left_alone():
     x, w = tensor(2, 3, 5, dtype=torch.float32), tensor(4, 3, 2, dtype=torch.float32)
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=torch.cuda.is_available()):
@@ -98,14 +99,15 @@ def test_a_device_without_autocast_is_left_alone():
 
 def test_softmax_with_a_dtype_keeps_it():
     x = tensor(2, 3, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         assert functional.softmax(x, 1).dtype == F.softmax(x, 1).dtype == torch.bfloat16
         assert functional.softmax(x, 1, dtype=torch.float32).dtype == torch.float32
 
 
+@pytest.mark.cpu("torch has no max pooling of integers on CUDA")
 def test_pooling_of_integers_is_left_alone():
     x = torch.arange(64).reshape(1, 1, 4, 4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         assert functional.max_pool3d(x, 2).dtype == F.max_pool3d(x, 2).dtype == torch.int64
 
 
@@ -133,7 +135,7 @@ def test_a_backward_inside_autocast_is_the_backward_outside(backend, name):
     output = operation.function(*sample.args, **sample.kwargs)
     cotangent = torch.randn_like(output)
     expected = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         got = torch.autograd.grad(output, inputs, cotangent)
     for ours, theirs in zip(got, expected, strict=True):
         assert_same(ours, theirs, rtol=0, atol=0)
@@ -144,7 +146,7 @@ def test_kernels_compute_in_the_dtype_they_are_given():
     x, w = tensor(3, 4, dtype=torch.float32, requires_grad=False), tensor(2, 4, dtype=torch.float32)
     linear = kernel.KERNELS["linear"]
     outside = linear(x, w, None, backend="python")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         assert_same(linear(x, w, None, backend="python"), outside, rtol=0, atol=0)
 
 
@@ -156,7 +158,7 @@ def test_transforms_under_autocast(backend, level):
         return lambda w: functions.mse_loss(functions.linear(x, w), torch.ones(2, 4))
 
     def run(functions):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             if level == "grad":
                 return torch.func.grad(loss(functions))(w)
             if level == "vmap":
@@ -174,12 +176,12 @@ def test_compiled_without_a_graph_break(compiler):
         return functional.max_pool2d(functional.conv2d(x, w), 2)
 
     def inside(x, w):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             return model(x, w)
 
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     assert compiled(x, w).dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         around = compiled(x, w)
     for output in (around, torch.compile(inside, fullgraph=True, backend=compiler)(x, w)):
         expected = inside(x, w)
@@ -196,7 +198,7 @@ def _scaled_steps(model, batches, low, scale=1024.0):
     losses = []
     for input, target in batches:
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=low):
+        with torch.autocast(device_type(), dtype=low):
             loss = F.cross_entropy(model(input), target)
         (loss * scale).backward()
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -235,12 +237,12 @@ def _relative_error(gradients, references):
 def test_grad_scaler(backend):
     model = manual_ops.convert(ResNet())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaler = torch.amp.GradScaler(device_type(), init_scale=256.0)
     input, target = torch.randn(4, 3, 16, 14), torch.arange(4)
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
+        with torch.autocast(device_type(), dtype=torch.float16):
             loss = F.cross_entropy(model(input), target)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -254,7 +256,7 @@ def test_grad_scaler(backend):
 def test_intercepted_calls_follow_the_policy(backend, low):
     model = Functional()
     input = torch.randn(2, 3, 16, 16)
-    with torch.autocast("cpu", dtype=low):
+    with torch.autocast(device_type(), dtype=low):
         expected = model(input)
         with manual_ops.intercept():
             output = model(input)
@@ -268,7 +270,7 @@ def test_a_residual_of_another_dtype_is_promoted(backend):
     x, residual = tensor(4, 3, 5, dtype=torch.bfloat16), tensor(4, 3, 5, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="residual must have the dtype of input"):
         functional.batch_norm_relu(x, None, None, training=True, residual=residual)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device_type(), dtype=torch.bfloat16):
         output = functional.batch_norm_relu(x, None, None, training=True, residual=residual)
     assert output.dtype == torch.float32
     assert [gradient.dtype for gradient in torch.autograd.grad(output.sum(), (x, residual))] == [x.dtype, torch.float32]

@@ -40,7 +40,7 @@ def torch_batch_norm_relu(*args, residual=None, **kwargs):
     return F.relu(output if residual is None else output + residual)
 
 
-def operands(shape, dtype=torch.float64, device="cpu"):
+def operands(shape, dtype=torch.float64, device=None):
     """input, running_mean, running_var, weight, bias"""
     channels = shape[1]
     running_mean = tensor(channels, dtype=dtype, device=device, requires_grad=False)

@@ -9,6 +9,8 @@ import pytest
 
 from manual_ops.cli import app
 
+pytestmark = pytest.mark.cpu("processes of their own, on the device that they choose")
+
 COMMANDS = ["demo", "verify", "train", "compare", "info"]
 
 

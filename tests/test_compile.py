@@ -109,6 +109,7 @@ OF_BATCHES = {
 }
 
 
+@pytest.mark.cpu("the functions' weights are constants made when the file is read")
 @pytest.mark.parametrize("name", OF_BATCHES)
 def test_another_batch_size_does_not_recompile(name, backend):
     function = OF_BATCHES[name]

@@ -208,6 +208,7 @@ CALLS = {
 }
 
 
+@pytest.mark.cpu("names of functions, on tensors made when the file is read")
 @pytest.mark.parametrize("name", CALLS)
 def test_intercept_reroutes(name):
     expected = CALLS[name]()

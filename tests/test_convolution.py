@@ -70,7 +70,7 @@ CONVOLUTIONS = [
 IDS = [f"{index}-{case[0]}" for index, case in enumerate(CONVOLUTIONS)]
 
 
-def operands(name, input, weight, options, dtype=torch.float64, device="cpu", bias=True):
+def operands(name, input, weight, options, dtype=torch.float64, device=None, bias=True):
     channels = weight[1] * options.get("groups", 1) if "transpose" in name else weight[0]
     scale = max(1, weight[1] * torch.Size(weight[2:]).numel()) ** -0.5
     tensors = tensor(*input, dtype=dtype, device=device), tensor(*weight, dtype=dtype, device=device)

@@ -94,7 +94,7 @@ def test_sixteen_bits(shape, reduction, dtype, backend, device):
         expected = F.cross_entropy(wide, wide_target, weight.float(), **options)
         assert output.dtype == dtype
         assert_same(output.float(), expected, **TOLERANCE[dtype])
-        cotangent = torch.rand(expected.shape).to(dtype)
+        cotangent = torch.rand(expected.shape).to(output)
         (gradient,) = torch.autograd.grad(output, x, cotangent)
         (expected_gradient,) = torch.autograd.grad(expected, wide, cotangent.float())
         assert gradient.dtype == dtype
@@ -543,6 +543,7 @@ WRONG_FOR_CROSS_ENTROPY = [
 ]
 
 
+@pytest.mark.cpu("the same checks in Python on every device; a target out of range is an assertion on CUDA")
 @both_functions
 @pytest.mark.parametrize("case", range(len(WRONG)))
 def test_wrong_calls(ours, theirs, case, backend):
@@ -550,6 +551,7 @@ def test_wrong_calls(ours, theirs, case, backend):
     assert_wrong_like_torch(ours, theirs, *args, **kwargs)
 
 
+@pytest.mark.cpu("the same checks in Python on every device; a target out of range is an assertion on CUDA")
 @pytest.mark.parametrize("case", range(len(WRONG_FOR_CROSS_ENTROPY)))
 def test_wrong_calls_of_cross_entropy(case, backend):
     args, kwargs = WRONG_FOR_CROSS_ENTROPY[case]
@@ -566,6 +568,7 @@ def test_nll_loss_of_a_number_is_refused(backend):
     assert_wrong_like_torch(nll_loss, F.nll_loss, X[0, 0], T[0])
 
 
+@pytest.mark.cpu("on CUDA an assertion on the device, after which the process can do nothing more there")
 def test_the_first_bad_target_is_the_one_reported():
     target = torch.zeros(2, 64, 65, dtype=torch.int64)
     target[1, 3, 4], target[0, 60, 60], target[1, 60, 60] = 77, 99, 88

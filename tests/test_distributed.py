@@ -26,6 +26,8 @@ from manual_ops.ops.sync_batch_norm import all_gather, all_reduce
 from models import ResNet
 from support import assert_same
 
+pytestmark = pytest.mark.cpu("the processes exchange by gloo")
+
 WORLD = 2
 
 

@@ -14,6 +14,8 @@ from manual_ops.report import write_report
 from manual_ops.train import load_digits, train
 from manual_ops.verify import largest_error, scaled_error, verify
 
+pytestmark = pytest.mark.cpu("the jobs' own logic; they run on the CPU")
+
 FLOAT64 = [torch.float64]
 
 

@@ -10,6 +10,8 @@ import torch
 
 from manual_ops import functional, kernel, registry
 
+pytestmark = pytest.mark.cpu("how operators are registered and built; test_kernel_calls.py runs each kernel on the GPU")
+
 
 def _recorded_calls():
     """Every kernel's calls while the registry's samples run forward, backward and backward's backward."""

@@ -5,13 +5,9 @@ import torch
 
 from kernel_calls import ALL
 from manual_ops import kernel
-from support import TOLERANCE
+from support import TOLERANCE, moved
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _on(value, device):
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _steps(tensor):
@@ -35,7 +31,7 @@ def _results(name, args, backend):
 @pytest.mark.parametrize("call", ALL, ids=str)
 def test_native_is_the_python_body(call, dtype, device):
     expected = _results(call.kernel, call.make(dtype, torch.float64), "python")
-    results = _results(call.kernel, [_on(arg, device) for arg in call.make(dtype, dtype)], "native")
+    results = _results(call.kernel, [moved(arg, device) for arg in call.make(dtype, dtype)], "native")
     tolerance = dict.fromkeys(("rtol", "atol"), call.tolerance[dtype]) if dtype in call.tolerance else TOLERANCE[dtype]
     for result, wanted in zip(results, expected, strict=True):
         exact = {} if wanted.is_floating_point() else {"rtol": 0, "atol": 0}

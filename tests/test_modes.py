@@ -9,6 +9,8 @@ import manual_ops
 from manual_ops import functional as F
 from manual_ops import kernel, modes
 
+pytestmark = pytest.mark.cpu("thread-local settings, without a tensor of their own")
+
 
 def test_native_is_the_default():
     assert manual_ops.current_backend() == "native"

@@ -18,6 +18,10 @@ from hypothesis import strategies as st
 
 from manual_ops import functional, modes
 
+pytestmark = pytest.mark.cpu(
+    "its list of differences is of torch on the CPU; test_cuda.py compares the GPU's results with the CPU's"
+)
+
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 

@@ -13,6 +13,8 @@ from manual_ops import functional as M
 from manual_ops import nn
 from support import assert_same, assert_same_as_torch, tensor
 
+pytestmark = pytest.mark.cpu("compares with NumPy, by hand")
+
 # --- The 2x2 network: a 2x2 filter on a 2x2 image, ReLU, a dense layer to 3 classes, softmax, one step of SGD.
 
 IMAGE = [[1.0, 2.0], [3.0, 4.0]]

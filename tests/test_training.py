@@ -18,13 +18,14 @@ import manual_ops
 from manual_ops import functional, nn
 from manual_ops.registry import OPERATIONS
 from models import MODELS, ResNet
-from support import assert_same, kept_bytes, tensor
+from support import assert_same, device_type, kept_bytes, tensor
 
 
 def _batch(seed=0, count=3):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, 16, 14, dtype=torch.float64, generator=generator)
-    return images, torch.randint(5, (count,), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    images = torch.randn(count, 3, 16, 14, dtype=torch.float64, generator=generator, device="cpu")
+    target = torch.randint(5, (count,), generator=generator, device="cpu")
+    return images.to(torch.get_default_device()), target.to(torch.get_default_device())
 
 
 class Net(torch.nn.Module):
@@ -118,7 +119,7 @@ def test_a_checkpoint_recomputes_under_the_same_autocast(backend):
     input, target = _batch()
     gradients = []
     for wrapped in (True, False):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device_type(), dtype=torch.bfloat16):
             output = checkpoint(ours, input.float(), use_reentrant=False) if wrapped else ours(input.float())
             loss = F.cross_entropy(output, target)
         gradients.append(torch.autograd.grad(loss, list(ours.parameters())))
@@ -261,7 +262,7 @@ def test_frozen_parameters(backend, frozen):
     ids=["conv", "conv_transpose", "linear"],
 )
 def test_a_frozen_weight_keeps_no_input(backend, layer, shape):
-    layer = copy.deepcopy(layer)
+    layer = copy.deepcopy(layer).to(torch.get_default_device())
     x = torch.randn(shape, requires_grad=True)
     both = kept_bytes(lambda: layer(x))
     assert both == 4 * (x.numel() + layer.weight.numel())
@@ -579,12 +580,13 @@ def test_what_max_pooling_keeps_cannot_be_changed(backend):
 def test_two_threads_train_two_models_as_one_after_the_other(backend, model_type):
     models = [manual_ops.convert(model_type()) for _ in range(2)]
     alone = copy.deepcopy(models)
+    device = torch.get_default_device()
     failures = []
 
     def train(model, seed):
         try:
-            # Backends are a thread's own: one trains on each at the same time.
-            with manual_ops.backend(backend):
+            # Backends and default devices are a thread's own.
+            with manual_ops.backend(backend), torch.device(device):
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
                 for step in range(2):
                     input, target = _batch(10 * seed + step)
@@ -641,6 +643,7 @@ def _image(index):
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
 
+@pytest.mark.cpu("a process that was forked after CUDA had started cannot use it")
 @needs_fork
 def test_data_loader_workers_run_operations_after_the_parent_did(backend):
     expected = torch.stack([_Features()[index] for index in range(4)])
@@ -649,6 +652,7 @@ def test_data_loader_workers_run_operations_after_the_parent_did(backend):
     assert_same(torch.cat(list(loader)), expected)
 
 
+@pytest.mark.cpu("a process that was forked after CUDA had started cannot use it")
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_trains(backend):

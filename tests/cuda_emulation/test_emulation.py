@@ -16,9 +16,12 @@ import torch
 
 from build import BUILDS, HERE, ROOT, compile_libraries, library
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the emulator is for g++ on x86-64"
-)
+pytestmark = [
+    pytest.mark.cpu("the emulator runs there"),
+    pytest.mark.skipif(
+        platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the emulator is for g++ on x86-64"
+    ),
+]
 
 # Where an access is misaligned for a pack or past a tensor, only the build that looks says so.
 FOUND_BY_CHECK = {

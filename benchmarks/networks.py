@@ -1,0 +1,128 @@
+"""ResNet-50, MobileNetV2 and ConvNeXt-tiny, of torch.nn's layers alone. A smaller `width` makes a toy of each."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _conv_norm(channels: int, out: int, window: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(channels, out, window, stride, window // 2, groups=groups, bias=False), nn.BatchNorm2d(out)]
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut; the stride is the 3x3's."""
+
+    def __init__(self, channels: int, hidden: int, stride: int):
+        super().__init__()
+        out = 4 * hidden
+        self.conv1, self.bn1 = _conv_norm(channels, hidden, 1)
+        self.conv2, self.bn2 = _conv_norm(hidden, hidden, 3, stride)
+        self.conv3, self.bn3 = _conv_norm(hidden, out, 1)
+        self.relu = nn.ReLU(inplace=True)
+        same = stride == 1 and channels == out
+        self.downsample = None if same else nn.Sequential(*_conv_norm(channels, out, 1, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50(nn.Module):
+    """He et al., https://arxiv.org/abs/1512.03385, with the stride in the 3x3 convolutions."""
+
+    def __init__(self, classes: int = 1000, width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)):
+        super().__init__()
+        self.stem = nn.Sequential(*_conv_norm(3, width, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+        channels, layers = width, []
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                layers.append(Bottleneck(channels, width << stage, 2 if stage and not block else 1))
+                channels = 4 * (width << stage)
+        self.layers = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.layers(self.stem(x))).flatten(1))
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, channels: int, out: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = channels * expansion
+        expand = [*_conv_norm(channels, hidden, 1), nn.ReLU6(inplace=True)] if expansion > 1 else []
+        depthwise = [*_conv_norm(hidden, hidden, 3, stride, hidden), nn.ReLU6(inplace=True)]
+        self.layers = nn.Sequential(*expand, *depthwise, *_conv_norm(hidden, out, 1))
+        self.shortcut = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.shortcut else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """Sandler et al., https://arxiv.org/abs/1801.04381; without its dropout, so that two models can be compared."""
+
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def __init__(self, classes: int = 1000, width: int = 32):
+        super().__init__()
+        layers: list[nn.Module] = [*_conv_norm(3, width, 3, 2), nn.ReLU6(inplace=True)]
+        channels = width
+        for expansion, out, count, stride in self.STAGES:
+            out = out * width // 32
+            for block in range(count):
+                layers.append(InvertedResidual(channels, out, 1 if block else stride, expansion))
+                channels = out
+        layers += [*_conv_norm(channels, 40 * width, 1), nn.ReLU6(inplace=True)]
+        self.layers = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(40 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.layers(x)).flatten(1))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.expand, self.act = nn.Linear(channels, 4 * channels), nn.GELU()
+        self.reduce = nn.Linear(4 * channels, channels)
+        self.scale = nn.Parameter(torch.full((channels,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + (self.scale * self.reduce(self.act(self.expand(out)))).permute(0, 3, 1, 2)
+
+
+class ConvNeXtTiny(nn.Module):
+    """Liu et al., https://arxiv.org/abs/2201.03545; without stochastic depth, so that two models can be compared."""
+
+    def __init__(self, classes: int = 1000, width: int = 96, blocks: tuple[int, ...] = (3, 3, 9, 3)):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 4), ChannelNorm(width, eps=1e-6)]
+        for stage, count in enumerate(blocks):
+            channels = width << stage
+            if stage:
+                layers += [ChannelNorm(channels // 2, eps=1e-6), nn.Conv2d(channels // 2, channels, 2, 2)]
+            layers += [ConvNeXtBlock(channels) for _ in range(count)]
+        self.layers = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.norm, self.head = nn.LayerNorm(channels, eps=1e-6), nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.pool(self.layers(x)).flatten(1)))
+
+
+NETWORKS = {"ResNet-50": ResNet50, "MobileNetV2": MobileNetV2, "ConvNeXt-tiny": ConvNeXtTiny}
