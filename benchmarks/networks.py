@@ -1,4 +1,4 @@
-"""ResNet-50, MobileNetV2 and ConvNeXt-tiny, of torch.nn's layers alone. A smaller `width` makes a toy of each."""
+"""Well-known networks, of torch.nn's layers alone. A smaller `width` makes a toy of each."""
 
 import torch
 from torch import Tensor, nn
@@ -125,4 +125,114 @@ class ConvNeXtTiny(nn.Module):
         return self.head(self.norm(self.pool(self.layers(x)).flatten(1)))
 
 
+class VGG16(nn.Sequential):
+    """Simonyan and Zisserman, https://arxiv.org/abs/1409.1556, with batch norm; one linear layer in place of three."""
+
+    STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+    def __init__(self, classes: int = 1000, width: int = 64):
+        layers: list[nn.Module] = []
+        channels = 3
+        for out, count in self.STAGES:
+            out = out * width // 64
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+                channels = out
+            layers.append(nn.MaxPool2d(2))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+class DenseLayer(nn.Module):
+    """Batch norm, ReLU and convolution twice; what it adds to the features, all of which it reads."""
+
+    def __init__(self, channels: int, growth: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, 4 * growth, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = self.conv1(self.relu(self.norm1(torch.cat(features, 1))))
+        return self.conv2(self.relu(self.norm2(x)))
+
+
+class DenseBlock(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self:
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class DenseNet121(nn.Sequential):
+    """Huang et al., https://arxiv.org/abs/1608.06993."""
+
+    def __init__(self, classes: int = 1000, width: int = 64, blocks: tuple[int, ...] = (6, 12, 24, 16)):
+        growth = width // 2
+        layers: list[nn.Module] = [*_conv_norm(3, width, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+        channels = width
+        for stage, count in enumerate(blocks):
+            if stage:
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+                channels //= 2
+            layers.append(DenseBlock(DenseLayer(channels + growth * layer, growth) for layer in range(count)))
+            channels += growth * count
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(channels, classes))
+
+
+class SqueezeExcitation(nn.Module):
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
+        self.pool, self.act, self.gate = nn.AdaptiveAvgPool2d(1), nn.SiLU(inplace=True), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.expand(self.act(self.reduce(self.pool(x)))))
+
+
+class MBConv(nn.Module):
+    def __init__(self, channels: int, out: int, window: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = channels * expansion
+        expand = [*_conv_norm(channels, hidden, 1), nn.SiLU(inplace=True)] if expansion > 1 else []
+        depthwise = [*_conv_norm(hidden, hidden, window, stride, hidden), nn.SiLU(inplace=True)]
+        squeeze = SqueezeExcitation(hidden, max(1, channels // 4))
+        self.layers = nn.Sequential(*expand, *depthwise, squeeze, *_conv_norm(hidden, out, 1))
+        self.shortcut = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.shortcut else self.layers(x)
+
+
+class EfficientNetB0(nn.Sequential):
+    """Tan and Le, https://arxiv.org/abs/1905.11946; without dropout and stochastic depth."""
+
+    # Expansion, channels, layers, stride, window.
+    STAGES = (
+        (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3),
+        (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
+    )  # fmt: skip
+
+    def __init__(self, classes: int = 1000, width: int = 32):
+        layers: list[nn.Module] = [*_conv_norm(3, width, 3, 2), nn.SiLU(inplace=True)]
+        channels = width
+        for expansion, out, count, stride, window in self.STAGES:
+            out = out * width // 32
+            for block in range(count):
+                layers.append(MBConv(channels, out, window, 1 if block else stride, expansion))
+                channels = out
+        layers += [*_conv_norm(channels, 40 * width, 1), nn.SiLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        super().__init__(*layers, nn.Linear(40 * width, classes))
+
+
 NETWORKS = {"ResNet-50": ResNet50, "MobileNetV2": MobileNetV2, "ConvNeXt-tiny": ConvNeXtTiny}
+# Those of convolutions and batch norm, whose activations are most of what training keeps.
+CONVOLUTIONAL = {
+    "ResNet-50": ResNet50,
+    "MobileNetV2": MobileNetV2,
+    "DenseNet-121": DenseNet121,
+    "VGG-16": VGG16,
+    "EfficientNet-B0": EfficientNetB0,
+}

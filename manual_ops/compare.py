@@ -9,6 +9,7 @@ layer's input and parameters where they are kept.
 """
 
 import ast
+import gc
 import inspect
 import statistics
 import time
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from manual_ops import modes
 from manual_ops.registry import OPERATIONS, Operation
@@ -389,3 +392,33 @@ def kept_bytes(function: Callable[..., Any], args: Any, kwargs: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         function(*args, **kwargs)
     return sum(storages.values())
+
+
+class _Storages(TorchDispatchMode):
+    """Remembers, without keeping them, the storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                storage = result.untyped_storage()
+                self._made[storage._cdata] = storage._weak_ref(), storage.nbytes()  # type: ignore[attr-defined]
+        return results
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(size for weak, size in self._made.values() if not torch.UntypedStorage._expired(weak))  # type: ignore
+
+
+def alive_bytes(function: Callable[[], Any]) -> tuple[Any, int]:
+    """function(), and the bytes of what it made that are alive as long as its result is, whoever keeps them.
+
+    `kept_bytes` asks what autograd was given; this sees what hooks on saved tensors, as lean mode has them, hide.
+    """
+    with _Storages() as storages:
+        output = function()
+    return output, storages.alive()

@@ -1,11 +1,7 @@
 """What the tests of several operations share."""
 
-import gc
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # Against torch in the same dtype; both sides round, and sum in orders of their own.
 TOLERANCE = {
@@ -74,33 +70,6 @@ def assert_wrong_like_torch(ours, theirs, *args, **kwargs):
         ours(*args, **kwargs)
     name = ours.__name__ if hasattr(ours, "__name__") else type(ours).__name__
     assert name.lower() in str(raised.value).lower()
-
-
-class _Storages(TorchDispatchMode):
-    """Remembers, without keeping them, the storages that operations make."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor):
-                storage = result.untyped_storage()
-                self.made[storage._cdata] = storage._weak_ref(), storage.nbytes()
-        return results
-
-    def alive(self):
-        gc.collect()
-        return sum(size for weak, size in self.made.values() if not torch.UntypedStorage._expired(weak))
-
-
-def alive_bytes(function):
-    """function(), and the bytes of what it made that are alive as long as its result is; whoever keeps them."""
-    with _Storages() as storages:
-        output = function()
-    return output, storages.alive()
 
 
 def kept_bytes(function):

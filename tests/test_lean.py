@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import manual_ops
 from manual_ops import modes, recipes
+from manual_ops.compare import alive_bytes
 from models import MODELS, DenseNet, MobileNet, ResNet
-from support import alive_bytes
 
 
 def converted(make, dtype=torch.float32, seed=0):
