@@ -92,7 +92,7 @@ def plot(folder: Path, document: dict[str, Any]) -> None:
 
 
 def _plot_operations(path: Path, dtype: str, rows: list[dict[str, Any]]) -> None:
-    """Left torch's time over ours for each layer and pass, right the share of the ceiling that bounds the layer."""
+    """Left torch's time over ours for each layer and pass, right our share of the ceiling that is nearer."""
     from matplotlib import pyplot
 
     labels = list(dict.fromkeys(row["layer"] for row in rows))[::-1]
@@ -115,9 +115,8 @@ def _plot_operations(path: Path, dtype: str, rows: list[dict[str, Any]]) -> None
         label = f"{name}{', channels_last' * channels_last}"
         faster = [(place, one["speedup"][THEIRS]) for place, one in told if THEIRS in one.get("speedup", {})]
         speed.scatter([value for _, value in faster], [place for place, _ in faster], label=label, **style)
-        bound = "share_of_product" if dtype == "float16" else "share_of_copy"
         shares = [
-            (place, one.get(bound, {}).get(OURS, one.get("share_of_copy", {}).get(OURS)))
+            (place, max(one[ceiling].get(OURS, 0) for ceiling in ("share_of_copy", "share_of_product")))
             for place, one in told
             if OURS in one.get("share_of_copy", {})
         ]
@@ -130,8 +129,7 @@ def _plot_operations(path: Path, dtype: str, rows: list[dict[str, Any]]) -> None
     speed.legend(fontsize=7)
     share.axvline(TARGET_SHARE, color="black", linewidth=0.8, linestyle=":")
     share.set_xlim(left=0)
-    product = "of the product's rate for convolutions and products, " if dtype == "float16" else ""
-    share.set_xlabel(f"share {product}of the copy bandwidth{' for the rest' * bool(product)}", fontsize=8)
+    share.set_xlabel("share of the nearer ceiling, copy or product")
     for axes in (speed, share):
         axes.grid(axis="both", linewidth=0.3)
     figure.suptitle(f"operations, {dtype}")
