@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "pooling.h"
+
 namespace manual_ops {
 
 // Output o reads inputs first[o] + k*step for k in 0 .. count[o]-1, of which tap tap[o] + k lies there; all are inside
@@ -39,8 +41,7 @@ class WindowAxis {
 
   static WindowAxis adaptive(int64_t input, int64_t output) {
     const int64_t pieces = std::max<int64_t>(1, output);
-    const int64_t largest = input % pieces == 0 ? input / pieces : (input + 2 * pieces - 2) / pieces;
-    WindowAxis axis(input, output, std::max<int64_t>(1, largest), 1);
+    WindowAxis axis(input, output, adaptive_taps(input, output), 1);
     for (int64_t o = 0; o < output; ++o) axis.add_window(o * input / pieces, ((o + 1) * input + pieces - 1) / pieces);
     axis.cover_inputs();
     return axis;

@@ -146,14 +146,19 @@ Window = tuple[list[int], list[int], list[int], list[int]]
 ADAPTIVE: Window = ([], [], [], [])
 
 
-def check_pool_input(op: str, axes: int, input: torch.Tensor) -> None:
-    """Raises unless `input` is (N, C, *I) or (C, *I) with no empty dimension but the batch."""
+def check_pool_dimensions(op: str, axes: int, input: torch.Tensor) -> None:
+    """Raises unless `input` is (N, C, *I) or (C, *I)."""
     if input.dim() not in (axes + 1, axes + 2):
         # torch's avg_pool2d looks at the third dimension from the end before it looks at their number.
         error = IndexError if op == "avg_pool2d" and input.dim() < 3 else RuntimeError
         raise error(
             f"{op}: input must have {axes + 2} dimensions, or {axes + 1} unbatched, got the shape {tuple(input.shape)}"
         )
+
+
+def check_pool_input(op: str, axes: int, input: torch.Tensor) -> None:
+    """Raises unless `input` is (N, C, *I) or (C, *I) with no empty dimension but the batch."""
+    check_pool_dimensions(op, axes, input)
     # An unbatched input has no batch to be empty, but torch's adaptive pools let its channels be; two let them always.
     first = 1 if op.startswith("adaptive") else -axes - 1
     if op in ("adaptive_avg_pool1d", "adaptive_avg_pool2d"):
@@ -216,33 +221,34 @@ def pool_output_size(op: str, input_size: Sequence[int], window: Window, ceil_mo
     return output_size
 
 
-def check_adaptive_rank(op: str, axes: int, input: torch.Tensor, output_size: Any) -> None:
-    """Raises the ValueError of torch, ahead of all else, where several output sizes meet an input without as many."""
-    several = axes > 1 and hasattr(output_size, "__len__") and getattr(output_size, "ndim", True)
-    if several and input.dim() <= len(output_size):
-        raise ValueError(
-            f"{op}: input must have more dimensions than output_size={output_size!r} has entries, got the shape "
-            f"{tuple(input.shape)}"
-        )
+def _has_entries(size: Any) -> bool:
+    """Whether `size` is a sequence, an array or a tensor of some dimension."""
+    if isinstance(size, (int, torch.SymInt)):  # torch.compile has no hasattr for its symbolic ints
+        return False
+    return hasattr(size, "__len__") and bool(getattr(size, "ndim", True))
 
 
-def adaptive_output_size(op: str, input_size: Sequence[int], output_size: Any) -> list[int]:
+def adaptive_output_size(op: str, axes: int, input: torch.Tensor, output_size: Any) -> list[int]:
     """`output_size` as a list with one int an axis, None replaced by the input's size where there are several axes.
 
     Raises:
+        ValueError: for several sizes and an input that has no more dimensions than that.
         TypeError: for values that are not ints.
         RuntimeError: for the wrong number of ints, and for negative ones.
     """
-    axes = len(input_size)
-    if axes > 1 and hasattr(output_size, "__len__") and getattr(output_size, "ndim", True):
+    if axes > 1 and _has_entries(output_size):
+        if input.dim() <= len(output_size):
+            raise ValueError(
+                f"{op}: input must have more dimensions than output_size={output_size!r} has entries, got the shape "
+                f"{tuple(input.shape)}"
+            )
         output_size = list(output_size)  # an array, a tensor or a range too, where None may stand for a size
     listed = isinstance(output_size, (tuple, list))
     if axes > 1 and not listed and not isinstance(output_size, (int, torch.SymInt)):
         raise TypeError(f"{op}: output_size must be an int or a sequence of {axes} ints, got {output_size!r}")
     if listed and axes > 1:
-        output_size = [size if out is None else out for size, out in zip(input_size, output_size, strict=False)] + list(
-            output_size[axes:]
-        )
+        sizes = zip(input.shape[-axes:], output_size, strict=False)
+        output_size = [size if out is None else out for size, out in sizes] + list(output_size[axes:])
     sizes = per_axis(op, "output_size", output_size, axes)
     if listed and len(output_size) != axes:
         raise RuntimeError(f"{op}: output_size must be an int or a sequence of {axes} ints, got {output_size!r}")
@@ -293,10 +299,8 @@ def window_taps(input_size: Sequence[int], output_size: Sequence[int], kernel_si
     """Taps of the largest window, an axis each; for adaptive windows a bound, exact where the sizes divide."""
     if kernel_size:
         return list(kernel_size)
-    return [
-        size // out if out > 0 and size % out == 0 else (size + 2 * out - 2) // max(1, out)
-        for size, out in zip(input_size, output_size, strict=True)
-    ]
+    sizes = ((size, max(1, out)) for size, out in zip(input_size, output_size, strict=True))
+    return [size // out if size % out == 0 else (size + 2 * out - 2) // out for size, out in sizes]
 
 
 def window_positions(

@@ -411,6 +411,8 @@ WRONG = {
     "leaky_relu with a text slope": (activation.leaky_relu, F.leaky_relu, (torch.ones(2), "a"), {}),
     "leaky_relu with no slope": (activation.leaky_relu, F.leaky_relu, (torch.ones(2), None), {}),
     "leaky_relu with a tensor slope": (activation.leaky_relu, F.leaky_relu, (torch.ones(2), torch.ones(2)), {}),
+    "leaky_relu with a complex slope": (activation.leaky_relu, F.leaky_relu, (torch.ones(2), 1 + 2j), {}),
+    "leaky_relu with a slope that overflows": (activation.leaky_relu, F.leaky_relu, (torch.ones(2), 1e300), {}),
     "leaky_relu of integers": (activation.leaky_relu, F.leaky_relu, (torch.arange(3),), {}),
     "leaky_relu_ of a leaf": (activation.leaky_relu_, F.leaky_relu_, (torch.ones(2, requires_grad=True),), {}),
     "sigmoid of a list": (activation.sigmoid, torch.sigmoid, ([1.0],), {}),

@@ -133,6 +133,22 @@ def test_adaptive_average_of_no_channels(backend, device):
     assert gradient.shape == input.shape
 
 
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        (1, (2, 3, 0)),
+        (2, (2, 3, 0, 4)),
+        (2, (0, 4)),
+        (2, (5, 4)),
+        (2, (2, 3, 2, 5, 4)),
+        (3, (6, 5, 4)),
+        (3, (2, 0, 1, 2, 3)),
+    ],
+)
+def test_one_adaptive_piece_is_the_mean_of_whatever_there_is(backend, device, axes, shape):
+    assert_same_as_torch(ADAPTIVE[axes], theirs(ADAPTIVE[axes]), tensor(*shape, device=device), 1)
+
+
 def test_nan_and_infinity_spread_as_in_torch(backend, device):
     input = torch.randn(2, 17, 12, 9, device=device)
     input[torch.rand_like(input) < 0.02] = torch.nan
@@ -284,6 +300,9 @@ WRONG = [
     (ops.adaptive_avg_pool1d, (x(2, 3, 9), -1), {}),
     (ops.adaptive_avg_pool1d, (x(2, 3, 9), (3, 3)), {}),
     (ops.adaptive_avg_pool1d, (x(2, 3, 9), (None,)), {}),
+    (ops.adaptive_avg_pool1d, (x(2, 3, 9, 9), (None,)), {}),
+    (ops.adaptive_avg_pool1d, (x(2, 3, 9, 9), 1), {}),
+    (ops.adaptive_avg_pool2d, (x(9), 1), {}),
     (ops.adaptive_avg_pool2d, (x(2, 3, 9, 9), (3,)), {}),
     (ops.adaptive_avg_pool2d, (x(2, 3, 9, 9), 3.0), {}),
     (ops.adaptive_avg_pool2d, (x(2, 3, 9, 9), (-1, 3)), {}),

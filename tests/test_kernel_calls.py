@@ -10,6 +10,11 @@ from support import TOLERANCE, moved
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def _steps(tensor):
+    """The strides that mean something: those of axes with more than one index."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+
+
 def _results(name, args, backend):
     """What the kernel returns, and what it leaves in the arguments it may change."""
     results = kernel.KERNELS[name](*args, backend=backend)
@@ -31,7 +36,7 @@ def test_native_is_the_python_body(call, dtype, device):
     for result, wanted in zip(results, expected, strict=True):
         exact = {} if wanted.is_floating_point() else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(result.cpu(), wanted.to(result.dtype), equal_nan=True, **(exact or tolerance))
-        assert result.stride() == wanted.stride() or result.numel() == 0
+        assert _steps(result) == _steps(wanted) or result.numel() == 0
 
 
 def test_every_kernel_is_called():

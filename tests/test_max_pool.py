@@ -321,6 +321,7 @@ WRONG = [
     (ops.adaptive_max_pool1d, (x(2, 3, 9), (3, 3)), {}),
     (ops.adaptive_max_pool1d, (x(2, 3, 9), None), {}),
     (ops.adaptive_max_pool1d, (x(2, 3, 9), (None,)), {}),
+    (ops.adaptive_max_pool1d, (x(9), (None,)), {}),
     (ops.adaptive_max_pool2d, (x(2, 3, 9, 9), (3,)), {}),
     (ops.adaptive_max_pool2d, (x(2, 3, 9, 9), 3.0), {}),
     (ops.adaptive_max_pool2d, (x(2, 3, 9, 9), (3.0, 3)), {}),

@@ -331,13 +331,12 @@ void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accum
               const Affine<accumulate_t<T>>& affine) {
   using A = accumulate_t<T>;
   const int64_t channels = layout.channels, pixels = layout.pixels;
-  std::vector<A> by_input(channels), constant(channels);
-  // weight * rstd * (g - <g> - xhat * <g xhat>), sorted by what it multiplies.
+  std::vector<A> mean_grad(channels), by_input(channels);
+  // weight * rstd * (g - <g> - xhat * <g xhat>), with xhat = (x - mean) * rstd.
   const auto finish = [&](int64_t c, double sum, double dot) {
     sums[c] = static_cast<A>(sum), sums[channels + c] = static_cast<A>(dot);
-    const double scale = affine.weight[c] * affine.rstd[c];
-    by_input[c] = static_cast<A>(-scale * affine.rstd[c] * dot / layout.count());
-    constant[c] = static_cast<A>(-scale * sum / layout.count());
+    mean_grad[c] = static_cast<A>(sum / layout.count());
+    by_input[c] = static_cast<A>(-affine.rstd[c] * dot / layout.count());
   };
   if (layout.is_rows) {
     const std::vector<double> totals = sums_of_rows<kRelu>(layout, g, x, affine);
@@ -345,7 +344,7 @@ void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accum
     layout.for_blocks(kRowsPerBlock, [&](int64_t offset, int64_t rows, int64_t) {
       MANUAL_OPS_FOR_ISA(input_grad_rows<kRelu>(g + offset, x + offset, grad_input + offset, rows, channels,
                                                 affine.mean.data(), affine.scale.data(), affine.bias.data(),
-                                                affine.scale.data(), by_input.data(), constant.data()));
+                                                mean_grad.data(), by_input.data()));
     });
     return;
   }
@@ -356,8 +355,7 @@ void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accum
     for (int64_t n = 0; n < layout.batch; ++n) {
       const int64_t offset = n * layout.pitch + c * pixels;
       MANUAL_OPS_FOR_ISA(input_grad_plane<kRelu>(g + offset, x + offset, grad_input + offset, pixels, affine.mean[c],
-                                                 affine.scale[c], affine.bias[c], affine.scale[c], by_input[c],
-                                                 constant[c]));
+                                                 affine.scale[c], affine.bias[c], mean_grad[c], by_input[c]));
     }
   });
 }

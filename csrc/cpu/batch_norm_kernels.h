@@ -182,16 +182,16 @@ void sums_planes(const T* grad_output, const T* input, int64_t batch, int64_t pi
   });
 }
 
-// by_grad * g + by_input * (x - mean) + constant.
+// scale * (g - mean_grad + by_input * (x - mean)): of gradients that are all alike the difference is exactly zero.
 template <bool kRelu, class T>
 void input_grad_plane(const T* grad_output, const T* input, T* __restrict__ grad_input, int64_t pixels,
-                      accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> by_grad,
-                      accumulate_t<T> by_input, accumulate_t<T> constant) {
+                      accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> mean_grad,
+                      accumulate_t<T> by_input) {
   using A = accumulate_t<T>;
   for (int64_t i = 0; i < pixels; ++i) {
     const A x = static_cast<A>(input[i]);
     const A g = gated<kRelu>(grad_output[i], x, mean, scale, bias);
-    grad_input[i] = static_cast<T>(by_grad * g + ((x - mean) * by_input + constant));
+    grad_input[i] = static_cast<T>(scale * ((g - mean_grad) + (x - mean) * by_input));
   }
 }
 
@@ -301,13 +301,13 @@ void sums_rows(const T* grad_output, const T* input, int64_t rows, int64_t chann
 template <bool kRelu, class T>
 void input_grad_rows(const T* grad_output, const T* input, T* __restrict__ grad_input, int64_t rows, int64_t channels,
                      const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
-                     const accumulate_t<T>* by_grad, const accumulate_t<T>* by_input, const accumulate_t<T>* constant) {
+                     const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input) {
   using A = accumulate_t<T>;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = row * channels + c;
       const A x = static_cast<A>(input[i]);
       const A g = gated<kRelu>(grad_output[i], x, mean[c], scale[c], bias[c]);
-      grad_input[i] = static_cast<T>(by_grad[c] * g + ((x - mean[c]) * by_input[c] + constant[c]));
+      grad_input[i] = static_cast<T>(scale[c] * ((g - mean_grad[c]) + (x - mean[c]) * by_input[c]));
     }
 }

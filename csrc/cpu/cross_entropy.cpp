@@ -1,22 +1,11 @@
 // Softmax cross-entropy and negative log-likelihood: losses and input gradients.
+#include "cross_entropy.h"
+
 #include <atomic>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/common.h"
-
-namespace manual_ops {
-
-enum class Target { index, smoothed_index, distribution };
-
-// q = hard * t + soft, but nothing in the rows of ignore_index; weight_sum is over the classes.
-template <class A>
-struct Smoothing {
-  A hard, soft, weight_sum;
-  int64_t ignore_index;
-};
-
-}  // namespace manual_ops
 
 #define MANUAL_OPS_KERNELS "cpu/cross_entropy_kernels.h"
 #include "cpu/each_isa.h"
@@ -29,30 +18,19 @@ namespace {
 // to pay for the call, few enough to share 128 rows of 1000 among threads.
 constexpr int64_t kLogitsPerBlock = 8192;
 
-// (N, C, *d) as rows, one for each sample and pixel, and the rows as blocks. A block lies within one sample of the
-// vmapped batch and, where classes are `pitch` > 1 apart, within one image. The cut depends on the shape alone, and
-// sums add up block by block, so that the number of threads does not show in the bits.
-struct Rows {
-  int64_t images, classes, pixels, samples, pitch, rows, block_rows, groups, group_rows, group_blocks;
-  bool strided;
+// The rows as blocks. A block lies within one sample and, where classes are `pitch` > 1 apart, within one image. The
+// cut depends on the shape alone, and sums add up block by block, so that the number of threads does not show in the
+// bits.
+struct RowBlocks : Rows {
+  int64_t block_rows, groups, group_rows, group_blocks;
 
   struct Block {
     int64_t index, sample, row, offset;  // offset: of the block's first logit
     int64_t count;
   };
 
-  Rows(const Sizes& sizes, const Sizes& sample_shape, bool channels_last) {
-    STD_TORCH_CHECK(sizes.size() >= 2, "cross_entropy: input needs at least 2 dimensions");
-    images = sizes[0];
-    classes = sizes[1];
-    pixels = 1;
-    for (size_t dim = 2; dim < sizes.size(); ++dim) pixels *= sizes[dim];
-    samples = 1;
-    for (int64_t size : sample_shape) samples *= size;
-    STD_TORCH_CHECK(samples > 0 ? images % samples == 0 : images == 0, "cross_entropy: samples must divide the batch");
-    strided = pixels > 1 && !channels_last;
-    pitch = strided ? pixels : 1;
-    rows = images * pixels;
+  RowBlocks(const Sizes& sizes, const Sizes& sample_shape, bool channels_last)
+      : Rows(sizes, sample_shape, channels_last) {
     groups = strided ? images : samples;  // blocks do not cross from one group into the next
     group_rows = groups == 0 ? 0 : rows / groups;
     block_rows = strided ? plain::kBlock : std::clamp<int64_t>(kLogitsPerBlock / std::max<int64_t>(1, classes), 1, 256);
@@ -82,8 +60,6 @@ struct Rows {
   }
 };
 
-bool is_distribution(const Tensor& target) { return target.scalar_type() != ScalarType::Long; }
-
 // Remembers the first target that is no class, for an exception after the parallel loop.
 class TargetCheck {
  public:
@@ -92,7 +68,7 @@ class TargetCheck {
         classes_(classes),
         ignore_index_(ignore_index) {}
 
-  bool passes(const Rows::Block& block) {
+  bool passes(const RowBlocks::Block& block) {
     for (int64_t row = block.row; row < block.row + block.count; ++row) {
       const int64_t t = target_[row];
       if ((t >= 0 && t < classes_) || t == ignore_index_) continue;
@@ -124,13 +100,12 @@ struct ClassWeight {
   std::vector<A> values, sums;
   int64_t classes;
 
-  ClassWeight(const std::optional<Tensor>& weight_any, const Rows& rows) : classes(rows.classes) {
+  ClassWeight(const std::optional<Tensor>& weight_any, const RowBlocks& rows) : classes(rows.classes) {
     if (!weight_any.has_value()) {
       values.assign(classes, A(1));
     } else {
       const Tensor weight = as_contiguous(*weight_any);
-      STD_TORCH_CHECK(weight.numel() == classes || weight.numel() == rows.samples * classes,
-                      "cross_entropy: weight has ", weight.numel(), " entries for ", classes, " classes");
+      check_class_weight(weight, rows);
       values.resize(weight.numel());
       for (size_t at = 0; at < values.size(); ++at) values[at] = static_cast<A>(data<T>(weight)[at]);
     }
@@ -153,45 +128,13 @@ void for_target(const Tensor& target, double label_smoothing, const Body& body) 
   return body(std::integral_constant<Target, Target::index>{});
 }
 
-// Input and target side by side in memory, with the classes innermost if the input has them so.
-struct Operands {
-  bool channels_last;
-  Tensor input, target;
-
-  Operands(const Tensor& input_any, const Tensor& target_any)
-      : channels_last(is_channels_last(input_any)),
-        input(as_contiguous(input_any, channels_last)),
-        target(as_contiguous(target_any, channels_last && is_distribution(target_any))) {
-    if (is_distribution(target)) {
-      STD_TORCH_CHECK(sizes_of(target) == sizes_of(input) && target.scalar_type() == input.scalar_type(),
-                      "cross_entropy: a distribution must have the shape and dtype of input");
-    } else {
-      STD_TORCH_CHECK(target.numel() * input.size(1) == input.numel() || input.size(1) == 0,
-                      "cross_entropy: one index a row");
-    }
-  }
-};
-
-Sizes rows_shape(const Sizes& sizes) {
-  Sizes shape = sizes;
-  shape.erase(shape.begin() + 1);
-  return shape;
-}
-
-void check_rows(const Tensor& target, const Rows& rows) {
-  STD_TORCH_CHECK(is_distribution(target) || target.numel() == rows.rows, "cross_entropy: target has ", target.numel(),
-                  " indices for ", rows.rows, " rows");
-}
-
-ScalarType accumulation_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
-
 // Losses of rows, as they are or summed up per sample; the sum's denominator beside it.
 template <class T>
 class Losses {
  public:
   using A = accumulate_t<T>;
 
-  Losses(const Rows& rows, const std::string& reduction, const Tensor& loss, const Tensor& denominator)
+  Losses(const RowBlocks& rows, const std::string& reduction, const Tensor& loss, const Tensor& denominator)
       : rows_(rows),
         reduced_(reduction != "none"),
         mean_(reduction == "mean"),
@@ -201,7 +144,8 @@ class Losses {
         partial_weight_(mean_ ? rows.blocks() : 0) {}
 
   // `target` is null for distributions, whose rows weigh one each.
-  void add(const Rows::Block& block, const A* row_loss, const int64_t* target, const A* weight, int64_t ignore_index) {
+  void add(const RowBlocks::Block& block, const A* row_loss, const int64_t* target, const A* weight,
+           int64_t ignore_index) {
     if (!reduced_) {
       for (int64_t i = 0; i < block.count; ++i) loss_[block.row + i] = static_cast<T>(row_loss[i]);
       return;
@@ -230,7 +174,7 @@ class Losses {
   }
 
  private:
-  const Rows& rows_;
+  const RowBlocks& rows_;
   bool reduced_, mean_;
   T* loss_;
   A* denominator_;
@@ -241,9 +185,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
                                                          const std::optional<Tensor>& weight_any,
                                                          const std::string& reduction, const Sizes& samples,
                                                          int64_t ignore_index, double label_smoothing) {
-  const Operands operands(input_any, target_any);
+  const CrossEntropyOperands operands(input_any, target_any);
   const Tensor &input = operands.input, &target = operands.target;
-  const Rows rows(sizes_of(input), samples, operands.channels_last);
+  const RowBlocks rows(sizes_of(input), samples, operands.channels_last);
   check_rows(target, rows);
   const ScalarType dtype = input.scalar_type();
   const Sizes row_sizes = rows_shape(sizes_of(input));
@@ -264,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
       constexpr Target kTarget = kind;
       constexpr bool indexed = kTarget != Target::distribution;
       TargetCheck check(target, rows.classes, ignore_index);
-      rows.for_each_block([&](const Rows::Block& block) {
+      rows.for_each_block([&](const RowBlocks::Block& block) {
         if (indexed && !check.passes(block)) return;
         const A* w = weight.of(block.sample);
         const Smoothing<A> smoothing{static_cast<A>(1 - label_smoothing), soft, weight.sum_of(block.sample),
@@ -299,16 +243,14 @@ class RowGrad {
  public:
   using A = accumulate_t<T>;
 
-  RowGrad(const Tensor& grad_output, const Tensor& denominator, const std::string& reduction, const Rows& rows)
+  RowGrad(const Tensor& grad_output, const Tensor& denominator, const std::string& reduction, const RowBlocks& rows)
       : grad_output_(as_contiguous(grad_output)),
         denominator_(as_contiguous(denominator)),
         reduced_(reduction != "none") {
-    STD_TORCH_CHECK(
-        grad_output_.numel() == (reduced_ ? rows.samples : rows.rows) && denominator_.numel() == rows.samples,
-        "cross_entropy: grad_output and denominator must have the shape of the loss");
+    check_row_grad(grad_output_, denominator_, reduced_, rows);
   }
 
-  void of(const Rows::Block& block, A* row_grad) const {
+  void of(const RowBlocks::Block& block, A* row_grad) const {
     const T* grad = data<T>(grad_output_);
     if (!reduced_) {
       for (int64_t i = 0; i < block.count; ++i) row_grad[i] = static_cast<A>(grad[block.row + i]);
@@ -327,13 +269,12 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
                                 const std::optional<Tensor>& weight_any, const Tensor& lse_any,
                                 const Tensor& denominator, const std::string& reduction, const Sizes& samples,
                                 int64_t ignore_index, double label_smoothing) {
-  const Operands operands(input_any, target_any);
+  const CrossEntropyOperands operands(input_any, target_any);
   const Tensor &input = operands.input, &target = operands.target;
-  const Rows rows(sizes_of(input), samples, operands.channels_last);
+  const RowBlocks rows(sizes_of(input), samples, operands.channels_last);
   check_rows(target, rows);
   const Tensor lse = as_contiguous(lse_any);
-  STD_TORCH_CHECK(lse.numel() == 2 * rows.rows, "cross_entropy: lse has ", lse.numel(), " entries for ", rows.rows,
-                  " rows");
+  check_lse(lse, rows);
   const Tensor grad_input = new_tensor(sizes_of(input), input.scalar_type(), input, operands.channels_last);
 
   for_floating_dtype(input.scalar_type(), "cross_entropy", [&](auto scalar) {
@@ -347,7 +288,7 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
       constexpr Target kTarget = kind;
       constexpr bool indexed = kTarget != Target::distribution;
       TargetCheck check(target, rows.classes, ignore_index);
-      rows.for_each_block([&](const Rows::Block& block) {
+      rows.for_each_block([&](const RowBlocks::Block& block) {
         if (indexed && !check.passes(block)) return;
         const A* w = weight.of(block.sample);
         const Smoothing<A> smoothing{static_cast<A>(1 - label_smoothing), soft, weight.sum_of(block.sample),
@@ -377,9 +318,9 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
                                             const std::optional<Tensor>& weight_any, const std::string& reduction,
                                             const Sizes& samples, int64_t ignore_index) {
   STD_TORCH_CHECK(!is_distribution(target_any), "nll_loss: target must hold int64 indices");
-  const Operands operands(input_any, target_any);
+  const CrossEntropyOperands operands(input_any, target_any);
   const Tensor &input = operands.input, &target = operands.target;
-  const Rows rows(sizes_of(input), samples, operands.channels_last);
+  const RowBlocks rows(sizes_of(input), samples, operands.channels_last);
   check_rows(target, rows);
   const ScalarType dtype = input.scalar_type();
   const Tensor loss = new_tensor(reduction == "none" ? rows_shape(sizes_of(input)) : samples, dtype, input);
@@ -391,7 +332,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
     Losses<T> losses(rows, reduction, loss, denominator);
     TargetCheck check(target, rows.classes, ignore_index);
     const int64_t between_rows = rows.strided ? 1 : rows.classes;
-    rows.for_each_block([&](const Rows::Block& block) {
+    rows.for_each_block([&](const RowBlocks::Block& block) {
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       const T* x = data<T>(input) + block.offset;
@@ -415,7 +356,7 @@ Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, 
   const Tensor target = as_contiguous(target_any);
   Sizes sizes = sizes_of(target);
   sizes.insert(sizes.begin() + 1, classes);
-  const Rows rows(sizes, samples, false);
+  const RowBlocks rows(sizes, samples, false);
   const Tensor grad_input = new_tensor(sizes, grad_output.scalar_type(), grad_output);
   for_floating_dtype(grad_output.scalar_type(), "nll_loss", [&](auto scalar) {
     using T = decltype(scalar);
@@ -424,7 +365,7 @@ Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, 
     const RowGrad<T> row_grads(grad_output, denominator, reduction, rows);
     TargetCheck check(target, classes, ignore_index);
     const int64_t between_rows = rows.strided ? 1 : classes;
-    rows.for_each_block([&](const Rows::Block& block) {
+    rows.for_each_block([&](const RowBlocks::Block& block) {
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       T* out = mutable_data<T>(grad_input) + block.offset;

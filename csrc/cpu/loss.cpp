@@ -1,10 +1,6 @@
 // Mean squared error and binary cross-entropy with logits, pointwise or reduced in a fixed order.
 #include "loss.h"
 
-#include <string>
-
-#include "dense.h"
-
 #define MANUAL_OPS_KERNELS "cpu/loss_kernels.h"
 #include "cpu/each_isa.h"
 
@@ -19,31 +15,8 @@ constexpr int64_t kBlock = 4096;
 // What one element costs, in scalar operations.
 constexpr int64_t work(Loss kind) { return kind == Loss::identity || kind == Loss::squared ? 1 : 16; }
 
-// The operands, dense and in one layout.
-struct Operands {
-  Tensor input, target, weights;
-
-  Operands(const Tensor& input_any, const Tensor& target_any, const std::optional<Tensor>& weights_any)
-      : input(as_dense(input_any)),
-        target(matching(target_any)),
-        weights(weights_any ? matching(*weights_any) : input) {}
-
-  Tensor matching(const Tensor& other) const {
-    STD_TORCH_CHECK(sizes_of(other) == sizes_of(input) && other.scalar_type() == input.scalar_type(),
-                    "loss: the operands must have one shape and one dtype");
-    return in_layout_of(other, input);
-  }
-};
-
-bool is_reduced(const std::string& reduction) { return reduction != "none"; }
-
-// What the sum is multiplied with. The mean of nothing is 0/0.
-double scale_of(const std::string& reduction, int64_t count) {
-  return reduction == "mean" ? 1.0 / static_cast<double>(count) : 1.0;
-}
-
 template <Loss kind>
-Tensor forward(const Operands& operands, const std::string& reduction) {
+Tensor forward(const LossOperands& operands, const std::string& reduction) {
   const auto& [input, target, weights] = operands;
   const int64_t count = input.numel();
   const Tensor output = is_reduced(reduction) ? new_tensor({}, input.scalar_type(), input) : new_like(input);
@@ -74,12 +47,10 @@ Tensor forward(const Operands& operands, const std::string& reduction) {
 }
 
 template <Loss kind>
-Tensor backward(const Tensor& grad_any, const Operands& operands, const std::string& reduction) {
+Tensor backward(const Tensor& grad_any, const LossOperands& operands, const std::string& reduction) {
   const auto& [input, target, weights] = operands;
   const bool reduced = is_reduced(reduction);
-  STD_TORCH_CHECK(grad_any.scalar_type() == input.scalar_type() &&
-                      (reduced ? grad_any.numel() == 1 : sizes_of(grad_any) == sizes_of(input)),
-                  "loss backward: grad_output must have the shape and the dtype of the loss");
+  check_loss_grad(grad_any, input, reduced);
   const Tensor grad_output = reduced ? grad_any : in_layout_of(grad_any, input);
   const Tensor grad_input = new_like(input);
   const double scale = scale_of(reduction, input.numel());
@@ -115,14 +86,14 @@ Tensor mse_loss_backward(const Tensor& grad_output, const Tensor& input, const T
 
 Tensor bce_with_logits(const Tensor& input, const Tensor& target, const std::optional<Tensor>& pos_weight,
                        const std::string& reduction) {
-  const Operands operands{input, target, pos_weight};
+  const LossOperands operands{input, target, pos_weight};
   return pos_weight ? forward<Loss::weighted_logistic>(operands, reduction)
                     : forward<Loss::logistic>(operands, reduction);
 }
 
 Tensor bce_with_logits_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                                 const std::optional<Tensor>& pos_weight, const std::string& reduction) {
-  const Operands operands{input, target, pos_weight};
+  const LossOperands operands{input, target, pos_weight};
   return pos_weight ? backward<Loss::weighted_logistic>(grad_output, operands, reduction)
                     : backward<Loss::logistic>(grad_output, operands, reduction);
 }

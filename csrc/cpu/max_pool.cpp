@@ -19,21 +19,9 @@ namespace manual_ops {
 
 namespace {
 
-// Winners are bytes where the largest window has at most 256 taps.
-template <class Body>
-void for_winner_dtype(ScalarType dtype, Body&& body) {
-  if (dtype == ScalarType::Byte) return body(uint8_t{});
-  STD_TORCH_CHECK(dtype == ScalarType::Int, "max pooling: winner must be uint8 or int32");
-  body(int32_t{});
-}
-
-void check_winner(const Tensor& winner, const PoolWindows& windows, const Tensor& like) {
-  const PoolGeometry& g = windows.geometry;
-  const bool same_batch = winner.dim() == like.dim() && winner.size(0) == g.batch && winner.size(1) == g.channels;
-  STD_TORCH_CHECK(same_batch && winner.numel() == g.batch * g.channels * g.output_pixels(),
-                  "max pooling: winner has the wrong shape");
-  STD_TORCH_CHECK(static_cast<double>(g.d.taps) * g.h.taps * g.w.taps <= 2147483647.0,
-                  "max pooling: a window may have 2^31 - 1 taps at most");
+void check_winner_of(const PoolGeometry& g, const Tensor& winner, const Tensor& like) {
+  const double taps = static_cast<double>(g.d.taps) * static_cast<double>(g.h.taps) * static_cast<double>(g.w.taps);
+  check_winner(winner, like, g.batch * g.channels * g.output_pixels(), taps);
 }
 
 std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input_any, Sizes output_size, Sizes kernel_size, Sizes stride,
@@ -67,7 +55,7 @@ Tensor max_pool_scatter(const Tensor& grad_any, const Tensor& winner_any, Sizes 
   const PoolWindows windows(grad_output, input_size, spatial(grad_output), kernel_size, stride, padding, dilation,
                             channels_last);
   const PoolGeometry& g = windows.geometry;
-  check_winner(winner, windows, grad_output);
+  check_winner_of(g, winner, grad_output);
   const Tensor grad_input =
       new_tensor(with_spatial(grad_output, input_size), grad_output.scalar_type(), grad_output, channels_last);
   for_floating_dtype(grad_output.scalar_type(), "max_pool_scatter", [&](auto scalar) {
@@ -92,7 +80,7 @@ Tensor max_pool_pick(const Tensor& input_any, const Tensor& winner_any, Sizes ke
   const PoolWindows windows(input, spatial(input), spatial(winner), kernel_size, stride, padding, dilation,
                             channels_last);
   const PoolGeometry& g = windows.geometry;
-  check_winner(winner, windows, input);
+  check_winner_of(g, winner, input);
   const Tensor output = new_tensor(sizes_of(winner), input.scalar_type(), input, channels_last);
   for_floating_dtype(input.scalar_type(), "max_pool_pick", [&](auto scalar) {
     using T = decltype(scalar);

@@ -1,4 +1,6 @@
 // Softmax and log-softmax along one dimension, and their input gradients.
+#include "softmax.h"
+
 #define MANUAL_OPS_KERNELS "cpu/softmax_kernels.h"
 #include "cpu/each_isa.h"
 
@@ -6,36 +8,24 @@ namespace manual_ops {
 
 namespace {
 
-// A contiguous tensor as (outer, classes, inner): slices are rows where inner is 1, else neighbours in blocks.
-struct Slices {
-  int64_t outer = 1, classes, inner = 1;
-  int64_t blocks() const { return (inner + plain::kBlock - 1) / plain::kBlock; }
-
-  Slices(const Tensor& tensor, int64_t dim) {
-    STD_TORCH_CHECK(0 <= dim && dim < tensor.dim(), "softmax: dim ", dim, " of ", tensor.dim(), " dimensions");
-    classes = tensor.size(dim);
-    for (int64_t other = 0; other < tensor.dim(); ++other)
-      if (other != dim) (other < dim ? outer : inner) *= tensor.size(other);
+// rows(first, count) on ranges of rows, or block(offset, count) on blocks of slices.
+template <class Rows, class Block>
+void for_each_slice(const Slices& slices, const Rows& rows, const Block& block) {
+  const auto& [outer, classes, inner] = slices;
+  const int64_t work = 16 * classes;  // an exponential is about 16 operations
+  if (outer * inner * classes == 0) return;
+  if (inner == 1) {
+    parallel_for(outer, work, [&](int64_t begin, int64_t end) { rows(begin, end - begin); });
+    return;
   }
-
-  // rows(first, count) on ranges of rows, or block(offset, count) on blocks of slices.
-  template <class Rows, class Block>
-  void for_each(const Rows& rows, const Block& block) const {
-    const int64_t work = 16 * classes;  // an exponential is about 16 operations
-    if (outer * inner * classes == 0) return;
-    if (inner == 1) {
-      parallel_for(outer, work, [&](int64_t begin, int64_t end) { rows(begin, end - begin); });
-      return;
+  const int64_t blocks = (inner + plain::kBlock - 1) / plain::kBlock, pitch = classes * inner, width = inner;
+  parallel_for(outer * blocks, work * std::min<int64_t>(inner, plain::kBlock), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index % blocks * plain::kBlock;
+      block(index / blocks * pitch + first, static_cast<int>(std::min<int64_t>(plain::kBlock, width - first)));
     }
-    parallel_for(outer * blocks(), work * std::min<int64_t>(inner, plain::kBlock), [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t first = index % blocks() * plain::kBlock;
-        block(index / blocks() * classes * inner + first,
-              static_cast<int>(std::min<int64_t>(plain::kBlock, inner - first)));
-      }
-    });
-  }
-};
+  });
+}
 
 template <bool kLog>
 Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
@@ -46,7 +36,8 @@ Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
     using T = decltype(scalar);
     const T* x = data<T>(input);
     T* y = mutable_data<T>(output);
-    slices.for_each(
+    for_each_slice(
+        slices,
         [&](int64_t first, int64_t count) {
           const int64_t at = first * slices.classes;
           std::vector<accumulate_t<T>> scratch(kLog ? 0 : slices.classes);
@@ -70,7 +61,8 @@ Tensor softmax_input_grad(const Tensor& grad_output_any, const Tensor& output_an
     using T = decltype(scalar);
     const T *g = data<T>(grad_output), *y = data<T>(output);
     T* x = mutable_data<T>(grad_input);
-    slices.for_each(
+    for_each_slice(
+        slices,
         [&](int64_t first, int64_t count) {
           const int64_t at = first * slices.classes;
           MANUAL_OPS_FOR_ISA(softmax_input_grad_rows<kLog>(g + at, y + at, x + at, count, slices.classes));

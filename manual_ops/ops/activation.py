@@ -433,7 +433,8 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
         The input's shape, dtype and layout.
 
     Raises:
-        RuntimeError: in place for a leaf that requires grad or an expanded tensor.
+        RuntimeError: in place for a leaf that requires grad or an expanded tensor; for a slope that is not real or
+            overflows.
         NotImplementedError: for dtypes that are not floating.
         TypeError: for an input that is no tensor or a slope that is no number.
 
@@ -448,7 +449,16 @@ def leaky_relu_(input: Tensor, negative_slope: float = 0.01) -> Tensor:
 
 
 def _leaky_relu(op: str, input: Tensor, negative_slope: Any, inplace: bool) -> Tensor:
-    return _activation(op, "leaky_relu", input, geometry.real(op, "negative_slope", negative_slope), inplace)
+    if isinstance(negative_slope, complex):
+        if negative_slope.imag != 0:
+            raise RuntimeError(f"{op}: negative_slope must be real, got {negative_slope}")
+        negative_slope = negative_slope.real
+    slope = geometry.real(op, "negative_slope", negative_slope)
+    geometry.check_tensor(op, "input", input)
+    geometry.check_floating(op, "input", input)
+    if torch.finfo(geometry.accumulation_dtype(input.dtype)).max < abs(slope) < math.inf:
+        raise RuntimeError(f"{op}: negative_slope must be a number that {input.dtype} is computed in, got {slope}")
+    return _activation(op, "leaky_relu", input, slope, inplace)
 
 
 def sigmoid(input: Tensor) -> Tensor:

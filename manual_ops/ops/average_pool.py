@@ -22,6 +22,7 @@ In the code: x is `input`, g `grad_output`; `window` is (kernel_size, stride, pa
 `divisor_override` is 0 for none, and `channels_last` is the memory format of the result.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -232,10 +233,20 @@ def avg_pool3d(
 
 def _adaptive_avg_pool(op, axes, input, output_size):
     geometry.check_tensor(op, "input", input)
-    geometry.check_adaptive_rank(op, axes, input, output_size)
-    geometry.check_pool_input(op, axes, input)
-    sizes = geometry.adaptive_output_size(op, input.shape[-axes:], output_size)
-    return _pool(op, axes, input, sizes, (*geometry.ADAPTIVE[:3], False, 0))
+    sizes = geometry.adaptive_output_size(op, axes, input, output_size)
+    options = (*geometry.ADAPTIVE[:3], False, 0)
+    if any(size != 1 for size in sizes):
+        geometry.check_pool_input(op, axes, input)
+        return _pool(op, axes, input, sizes, options)
+    # For one piece an axis torch takes the mean of the last axes: even of none, which is NaN, and where there are
+    # several of them it does not ask what stands before.
+    if axes == 1 or input.dim() in (axes + 1, axes + 2):
+        geometry.check_pool_dimensions(op, axes, input)
+        return _pool(op, axes, input, sizes, options)
+    if input.dim() < axes:
+        raise IndexError(f"{op}: input must have at least {axes} dimensions, got the shape {tuple(input.shape)}")
+    leading, size = input.shape[:-axes], input.shape[-axes:]
+    return _pool(op, axes, input.reshape(math.prod(leading), *size), sizes, options).reshape(*leading, *sizes)
 
 
 def adaptive_avg_pool1d(input, output_size):

@@ -648,23 +648,25 @@ def _second_grad(grad_output, other, weight, input, mean, var, eps, backend):
 
 
 def _check(op, input, running_mean, running_var, weight, bias, training, momentum, eps):
+    """Raises as torch does, in torch's order; returns momentum and eps as floats."""
     geometry.check_tensor(op, "input", input)
-    if input.dim() < 2:
-        error = IndexError if training and input.dim() == 0 else RuntimeError
-        raise error(f"{op}: input must have at least 2 dimensions, (N, C, ...), got {tuple(input.shape)}")
+    eps = geometry.real(op, "eps", eps)
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"{op}: eps must be {'positive in training' if training else 'at least 0'}, got {eps}")
+    momentum = geometry.real(op, "momentum", momentum)
     geometry.check_bool(op, "training", training)
     named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in named.items():
-        if tensor is not None:
-            geometry.check_tensor(op, name, tensor)
+    present = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for name, tensor in present.items():
+        geometry.check_tensor(op, name, tensor)
+    if input.dim() < 2:
+        error = RuntimeError if present or not training else IndexError
+        raise error(f"{op}: input must have at least 2 dimensions, (N, C, ...), got {tuple(input.shape)}")
     geometry.check_floating(op, "input", input)
     if not training and (running_mean is None or running_var is None):
         raise RuntimeError(f"{op}: running_mean and running_var must be given in evaluation mode")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var must be given both or not at all")
-    present = {name: tensor for name, tensor in named.items() if tensor is not None}
     for name, tensor in present.items():
         if tensor.numel() != input.shape[1] or (name.startswith("running") and tensor.dim() != 1):
             raise RuntimeError(f"{op}: {name} must have the shape ({input.shape[1]},), got {tuple(tensor.shape)}")
@@ -678,9 +680,13 @@ def _check(op, input, running_mean, running_var, weight, bias, training, momentu
             f"{op}: {', '.join(present)} must all have the dtype of input, {input.dtype}, or, for a 16-bit input, "
             f"all be float32; got {listed}"
         )
+    return momentum, eps
 
 
 def _check_several_values(op, input):
+    geometry.check_tensor(op, "input", input)
+    if input.dim() == 0:
+        raise IndexError(f"{op}: input must have at least 2 dimensions, (N, C, ...), got ()")
     if _count(input) == 1:
         raise ValueError(
             f"{op}: expected more than 1 value per channel in training, got an input of shape {tuple(input.shape)}"
@@ -717,10 +723,9 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
 
     Formula: `manual_ops.ops.batch_norm`, (forward).
     """
-    momentum, eps = geometry.real("batch_norm", "momentum", momentum), geometry.real("batch_norm", "eps", eps)
-    _check("batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training:
         _check_several_values("batch_norm", input)
+    momentum, eps = _check("batch_norm", input, running_mean, running_var, weight, bias, training, momentum, eps)
     backend = modes.current_backend()
     statistics = (None, None) if training else (running_mean, running_var)
     affine = _flat(weight), _flat(bias)
@@ -758,11 +763,9 @@ def batch_norm_relu(
     Formula: `manual_ops.ops.batch_norm`.
     """
     input, residual = autocast.cast("batch_norm_relu", input, residual)
-    momentum = geometry.real("batch_norm_relu", "momentum", momentum)
-    eps = geometry.real("batch_norm_relu", "eps", eps)
-    _check("batch_norm_relu", input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training:
         _check_several_values("batch_norm_relu", input)
+    momentum, eps = _check("batch_norm_relu", input, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         geometry.check_tensor("batch_norm_relu", "residual", residual)
         geometry.check_alike("batch_norm_relu", "residual", residual, input, "shape", "dtype", "device")

@@ -361,9 +361,8 @@ def max_pool3d_with_indices(
 
 def _adaptive_max_pool(op, axes, input, output_size, return_indices):
     geometry.check_tensor(op, "input", input)
-    geometry.check_adaptive_rank(op, axes, input, output_size)
+    sizes = geometry.adaptive_output_size(op, axes, input, output_size)
     geometry.check_pool_input(op, axes, input)
-    sizes = geometry.adaptive_output_size(op, input.shape[-axes:], output_size)
     return _pool(op, axes, input, sizes, geometry.ADAPTIVE, return_indices)
 
 

@@ -211,12 +211,10 @@ def _softmax(op, function, input, dim, stacklevel, dtype):
             stacklevel=stacklevel,
         )
         dim = 0 if input.dim() in (0, 1, 3) else 1
-    if isinstance(dim, bool) or not (isinstance(dim, torch.SymInt) or hasattr(dim, "__index__")):
-        raise TypeError(f"{op}: dim must be an int, got {dim!r}")
+    dim = geometry.whole(op, "dim", dim)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(f"{op}: dtype must be a torch.dtype, got {dtype!r}")
     dims = max(1, input.dim())  # a number counts as a vector of one
-    dim = dim.__index__()
     if not -dims <= dim < dims:
         raise IndexError(f"{op}: dim must be in {-dims}..{dims - 1} for the shape {tuple(input.shape)}, got {dim}")
     (input,) = autocast.cast(op, input) if dtype is None else (input.to(dtype),)

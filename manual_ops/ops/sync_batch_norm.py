@@ -373,13 +373,13 @@ def sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, ep
 
     Formula: `manual_ops.ops.sync_batch_norm`, (forward).
     """
-    _check("sync_batch_norm", input, running_mean, running_var, weight, bias, True, momentum, eps)
+    momentum, eps = _check("sync_batch_norm", input, running_mean, running_var, weight, bias, True, momentum, eps)
     output, mean, var, count = SyncBatchNorm.call(
-        input, _flat(weight), _flat(bias), None, None, None, float(eps), process_group.group_name,
+        input, _flat(weight), _flat(bias), None, None, None, eps, process_group.group_name,
         modes.current_backend(),
     )  # fmt: skip
     if running_mean is not None:
         # An empty batch moves nothing.
-        momentum = float(momentum) * (count > 0).to(count.dtype)
+        momentum = momentum * (count > 0).to(count.dtype)
         batch_norm_update.body(running_mean, running_var, mean.detach(), var.detach(), count.detach(), momentum)
     return output

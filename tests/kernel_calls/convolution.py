@@ -1,0 +1,66 @@
+"""Every tile and split of the dense kernels, each access to the operands, one to three axes."""
+
+import torch
+
+from manual_ops.geometry import window_output_size
+
+from . import Call, Given, Random
+
+
+def _window(axes, stride=1, padding=0, dilation=1):
+    return [list(value) if isinstance(value, tuple) else [value] * axes for value in (stride, padding, dilation)]
+
+
+def _calls(input, weight, groups=1, layout="contiguous", weight_layout="contiguous", bias=True, reach=0, **window):
+    """The three passes of one convolution. `reach`: how many inputs the last window leaves out, for transposed ones."""
+    stride, padding, dilation = _window(len(input) - 2, **window)
+    size = list(input[2:])
+    outputs = window_output_size([axis - reach for axis in size], weight[2:], stride, padding, dilation)
+    output = (input[0], weight[0], *outputs)
+    x, w, g = Random(input, layout), Random(weight, weight_layout), Random(output, layout)
+    options = (stride, padding, dilation, groups)
+    return [
+        Call("conv_forward", (x, w, Random(weight[:1]) if bias else None, outputs, *options)),
+        Call("conv_input_grad", (g, w, Random(input[1:2]) if bias else None, size, *options)),
+        Call("conv_weight_grad", (g, x, list(weight[2:]), *options)),
+    ]
+
+
+CALLS = [
+    *_calls((2, 3, 9), (4, 3, 3), stride=2, padding=1),
+    *_calls((1, 4, 23), (6, 4, 4), stride=3, padding=2, dilation=2, bias=False),
+    *_calls((2, 3, 8, 7), (5, 3, 3, 3), padding=1, layout="offset"),
+    *_calls((2, 5, 9, 8), (6, 5, 1, 1), bias=False),
+    *_calls((1, 4, 9, 12), (6, 4, 2, 2), stride=(4, 3), layout="stepped"),
+    *_calls((1, 66, 5, 4), (6, 33, 2, 3), groups=2, padding=1),
+    *_calls((2, 5, 7, 8), (10, 5, 3, 2), stride=(2, 3), padding=(1, 0), dilation=(1, 2)),
+    *_calls((1, 2, 7, 9), (3, 2, 3, 3), dilation=(2, 4), stride=(4, 2), padding=4, layout="transposed"),
+    *_calls((2, 3, 5, 6, 4), (4, 3, 3, 2, 3), stride=(2, 1, 1), padding=1),
+    # channels_last: packs of channels, and channels that make none.
+    *_calls((2, 16, 6, 5), (9, 16, 3, 3), padding=1, layout="channels_last", weight_layout="channels_last"),
+    *_calls((1, 80, 7, 6), (4, 40, 3, 2), groups=2, stride=2, padding=1, layout="channels_last"),
+    *_calls((2, 3, 6, 9), (8, 3, 3, 3), layout="channels_last", weight_layout="channels_last"),
+    *_calls((1, 8, 3, 4, 5), (4, 8, 2, 2, 2), stride=2, layout="channels_last"),
+    # A stride beyond the window, a window that leaves inputs out, a stride beyond the input.
+    *_calls((1, 3, 11, 10), (2, 3, 2, 2), stride=4, reach=2),
+    *_calls((1, 2, 5, 4), (3, 2, 2, 3), stride=(7, 9), padding=1),
+    # Large tiles, with rows and columns left over.
+    *_calls((1, 120, 15, 17), (60, 120, 1, 1)),
+    *_calls((1, 120, 15, 17), (60, 120, 1, 1), layout="channels_last"),
+    # Many terms: they are split, and summed in runs.
+    *_calls((1, 100, 4, 5), (33, 100, 3, 3), padding=1),
+    *_calls((2, 4, 25, 40), (8, 4, 1, 1)),
+    *_calls((2, 4, 25, 40), (3, 4, 1, 1), layout="channels_last"),
+    *_calls((2, 0, 5), (3, 0, 3), padding=1),
+    Call("conv_forward", (Random((0, 3, 5, 4)), Random((2, 3, 3, 3)), None, [3, 2], [1, 1], [0, 0], [1, 1], 1)),
+    Call("conv_weight_grad", (Random((0, 2, 3)), Random((0, 3, 5)), [3], [1], [0], [1], 1)),
+    Call("conv_input_grad", (Random((1, 0, 3)), Random((0, 3, 3)), Random((3,)), [5], [1], [0], [1], 1)),
+    Call(
+        "conv_forward",
+        (
+            Given(torch.tensor([[[1.0, float("inf"), 2.0, float("nan"), 3.0, 4.0]]])),
+            Given(torch.ones(1, 1, 2)),
+            *(None, [5], [1], [0], [1], 1),
+        ),
+    ),
+]
