@@ -465,6 +465,12 @@ class Regime:
 
 REGIMES = (Regime(torch.bfloat16, True), Regime(torch.bfloat16, False), Regime(None, False))
 BATCH, IMAGE, CLASSES = 64, 224, 1000
+# How a model is converted, and what its training step is called.
+CONVERSIONS: dict[str, dict[str, bool]] = {
+    "": {},
+    ", fused": {"fuse": True},
+    ", fused and lean": {"fuse": True, "lean": True},
+}
 
 
 def _training_step(
@@ -496,8 +502,9 @@ def _network(name: str, regime: Regime, with_compiler: bool) -> Callable[[Settin
 
         def contestant(which: str) -> Callable[[], Tensor]:
             model = copy.deepcopy(original)
-            if which == "manual_ops":
-                return _training_step(manual_ops.convert(model), functional.cross_entropy, images, labels, regime)
+            if which.startswith("manual_ops"):
+                model = manual_ops.convert(model, **CONVERSIONS[which.removeprefix("manual_ops")])
+                return _training_step(model, functional.cross_entropy, images, labels, regime)
             if which == "torch.compile":
                 model = settings.compiled(model)
             return _training_step(model, F.cross_entropy, images, labels, regime)
@@ -507,7 +514,8 @@ def _network(name: str, regime: Regime, with_compiler: bool) -> Callable[[Settin
             "losses": {}, "peak_bytes": {},
         }  # fmt: skip
         steps, problems = {}, {}
-        for which in ("torch.compile", "manual_ops") if with_compiler else ("torch", "manual_ops"):
+        peer = "torch.compile" if with_compiler else "torch"
+        for which in [peer, *(f"manual_ops{conversion}" for conversion in CONVERSIONS)]:
             before = torch.cuda.memory_allocated() if settings.device.type == "cuda" else 0
             try:
                 step = contestant(which)
@@ -518,7 +526,11 @@ def _network(name: str, regime: Regime, with_compiler: bool) -> Callable[[Settin
                 raise_if_lost_on(settings, error)
                 problems[which] = describe(error)
         times = {**measure(steps, settings.device, 2.0), **problems}
-        return {**row, "passes": {"training step": _row(times, {})}}
+        steps_of = {
+            f"training step{conversion}": _row({peer: times[peer], "manual_ops": times[f"manual_ops{conversion}"]}, {})
+            for conversion in CONVERSIONS
+        }
+        return {**row, "passes": steps_of}
 
     return run
 

@@ -7,7 +7,7 @@ from typing import Any
 
 # Of the copy bandwidth, for passes that only move bytes.
 TARGET_SHARE = 0.85
-OURS, THEIRS, BAR = "manual_ops", "torch", 0.38
+OURS, THEIRS, BAR = "manual_ops", "torch", 0.2
 
 
 def passes(document: dict[str, Any], *parts: str) -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
@@ -74,8 +74,8 @@ def geometric_means(document: dict[str, Any]) -> list[str]:
         for peer, speedup in told.get("speedup", {}).items():
             groups.setdefault(f"{peer}: {row['family']}, {row['dtype']}{layout}, {name}", []).append(speedup)
     lines = [f"{statistics.geometric_mean(values):5.2f}x {key} ({len(values)})" for key, values in groups.items()]
-    for row, _, told in passes(document, "networks", "compiled networks"):
-        lines += [f"{value:5.2f}x {peer}: {row['case']}" for peer, value in told.get("speedup", {}).items()]
+    for row, name, told in passes(document, "networks", "compiled networks"):
+        lines += [f"{value:5.2f}x {peer}: {row['case']}, {name}" for peer, value in told.get("speedup", {}).items()]
     return lines
 
 
@@ -92,7 +92,7 @@ def plot(folder: Path, document: dict[str, Any]) -> None:
 
 
 def _plot_operations(path: Path, dtype: str, rows: list[dict[str, Any]]) -> None:
-    """Left torch's time over ours for each layer and pass, right the share of the ceiling that bounds the layer."""
+    """Left torch's time over ours for each layer and pass, right our share of the ceiling that is nearer."""
     from matplotlib import pyplot
 
     labels = list(dict.fromkeys(row["layer"] for row in rows))[::-1]
@@ -115,9 +115,8 @@ def _plot_operations(path: Path, dtype: str, rows: list[dict[str, Any]]) -> None
         label = f"{name}{', channels_last' * channels_last}"
         faster = [(place, one["speedup"][THEIRS]) for place, one in told if THEIRS in one.get("speedup", {})]
         speed.scatter([value for _, value in faster], [place for place, _ in faster], label=label, **style)
-        bound = "share_of_product" if dtype == "float16" else "share_of_copy"
         shares = [
-            (place, one.get(bound, {}).get(OURS, one.get("share_of_copy", {}).get(OURS)))
+            (place, max(one[ceiling].get(OURS, 0) for ceiling in ("share_of_copy", "share_of_product")))
             for place, one in told
             if OURS in one.get("share_of_copy", {})
         ]
@@ -130,8 +129,7 @@ def _plot_operations(path: Path, dtype: str, rows: list[dict[str, Any]]) -> None
     speed.legend(fontsize=7)
     share.axvline(TARGET_SHARE, color="black", linewidth=0.8, linestyle=":")
     share.set_xlim(left=0)
-    product = "of the product's rate for convolutions and products, " if dtype == "float16" else ""
-    share.set_xlabel(f"share {product}of the copy bandwidth{' for the rest' * bool(product)}", fontsize=8)
+    share.set_xlabel("share of the nearer ceiling, copy or product")
     for axes in (speed, share):
         axes.grid(axis="both", linewidth=0.3)
     figure.suptitle(f"operations, {dtype}")
@@ -146,20 +144,25 @@ def _plot_networks(path: Path, document: dict[str, Any]) -> None:
     rows = {row["case"]: row for row, _, _ in passes(document, "networks", "compiled networks")}
     labels = list(rows)[::-1]
     figure, (time, memory) = pyplot.subplots(
-        1, 2, figsize=(12, 1.5 + 0.6 * len(labels)), sharey=True, layout="constrained"
+        1, 2, figsize=(13, 1.5 + 0.8 * len(labels)), sharey=True, layout="constrained"
     )
-    colours = {OURS: "#0f766e", THEIRS: "#94a3b8", "torch.compile": "#475569"}
+    colours = {THEIRS: "#94a3b8", "torch.compile": "#475569", OURS: "#5eead4", "fused": "#0f766e", "lean": "#134e4a"}
     for place, label in enumerate(labels):
         row = rows[label]
-        times = row["passes"]["training step"]["times"]
-        names = [name for name in times if isinstance(times[name], dict)]
-        for offset, name in enumerate(names):
-            at = place + BAR * (offset - (len(names) - 1) / 2)
-            time.barh(at, times[name]["microseconds"] / 1e3, BAR, color=colours[name])
-            memory.barh(at, (row["peak_bytes"][name] or 0) / 2**30, BAR, color=colours[name])
+        bars: dict[str, tuple[Any, int | None]] = {}
+        for name, told in row["passes"].items():
+            for who, one in told["times"].items():
+                kind = name.split()[-1] if who == OURS and name != "training step" else who
+                bars[kind] = one, row["peak_bytes"].get(name.replace("training step", OURS) if who == OURS else who)
+        for offset, (kind, (one, peak)) in enumerate(bars.items()):
+            at = place - BAR * (offset - (len(bars) - 1) / 2)
+            if isinstance(one, dict):
+                time.barh(at, one["microseconds"] / 1e3, BAR, color=colours[kind])
+            memory.barh(at, (peak or 0) / 2**30, BAR, color=colours[kind])
     time.set_yticks(range(len(labels)), labels)
     time.set_xlabel("a training step, ms")
     memory.set_xlabel("peak memory, GiB")
-    time.legend([pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()], list(colours))
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    memory.legend(handles, [THEIRS, "torch.compile", OURS, "fused", "fused and lean"], fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
