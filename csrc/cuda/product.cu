@@ -37,8 +37,11 @@ struct Tile {
 using Large = Tile<128, 64, 8, 8>;
 using Small = Tile<64, 32, 8, 4>;
 
+// Double's sums of a large tile would not fit the registers, and its rounding needs no runs.
 template <class T>
-constexpr bool has_runs = std::is_same_v<accumulate_t<T>, float>;
+constexpr bool has_large_tiles = !std::is_same_v<T, double>;
+template <class T>
+constexpr bool has_runs = !std::is_same_v<T, double>;
 
 // How the loads of x are shared by the threads of a warp.
 enum class Access {
@@ -440,10 +443,11 @@ int64_t clocks(const Cost& cost, int64_t tiles, int64_t steps, int64_t outputs, 
 }
 
 // The cheapest tile and split. Splits grow by factors of 4/3 and 3/2.
-Cut cheapest(int64_t rows, int64_t columns, int64_t copies, int64_t steps, int64_t outputs) {
+Cut cheapest(bool large_too, int64_t rows, int64_t columns, int64_t copies, int64_t steps, int64_t outputs) {
   Cut best{false, 1};
   int64_t least = INT64_MAX;
-  for (const bool large : {true, false}) {
+  for (const bool large : {false, true}) {
+    if (large && !large_too) break;
     const Cost& cost = large ? kLargeCost : kSmallCost;
     const int64_t tiles = ceil_div(rows, cost.rows) * ceil_div(columns, cost.columns) * copies;
     for (int64_t splits = 1; splits <= std::min(kMostSplits, std::max<int64_t>(1, steps));
@@ -511,18 +515,18 @@ void multiply(const CudaGuard& guard, Product product, const Tensor& x, const Te
   const int64_t rows = most(product.rows), terms = most(product.terms);
   const int64_t phases = product.phases[0] * product.phases[1] * product.phases[2];
   const int64_t steps = ceil_div(terms, kDepth);
-  const Cut cut = cheapest(rows, product.columns, phases * product.groups, steps, output.numel());
-  const Cost& cost = cut.large ? kLargeCost : kSmallCost;
-  const Grid grid{.column_tiles = ceil_div(product.columns, cost.columns),
-                  .row_tiles = ceil_div(rows, cost.rows),
-                  .phases = phases,
-                  .groups = product.groups,
-                  .splits = cut.splits,
-                  .split_steps = ceil_div(steps, cut.splits),
-                  .wide = std::max(rows, terms) >= index_limit()};
   for_floating_dtype(output.scalar_type(), product.name, [&](auto scalar) {
     using T = decltype(scalar);
     using A = accumulate_t<T>;
+    const Cut cut = cheapest(has_large_tiles<T>, rows, product.columns, phases * product.groups, steps, output.numel());
+    const Cost& cost = cut.large ? kLargeCost : kSmallCost;
+    const Grid grid{.column_tiles = ceil_div(product.columns, cost.columns),
+                    .row_tiles = ceil_div(rows, cost.rows),
+                    .phases = phases,
+                    .groups = product.groups,
+                    .splits = cut.splits,
+                    .split_steps = ceil_div(steps, cut.splits),
+                    .wide = std::max(rows, terms) >= index_limit()};
     Operands<T> operands{cu_input<T>(x),       cu_input<T>(y), bias ? cu_input<T>(*bias) : nullptr,
                          cu_output<T>(output), nullptr,        output.numel()};
     std::optional<Tensor> parts;
@@ -530,10 +534,10 @@ void multiply(const CudaGuard& guard, Product product, const Tensor& x, const Te
       parts = new_tensor({cut.splits, output.numel()}, scalar_type_of<A>(), output);
       operands.parts = cu_output<A>(*parts);
     }
-    if (cut.large)
-      launch<T, Large>(guard, product, operands, grid);
-    else
-      launch<T, Small>(guard, product, operands, grid);
+    if (!cut.large) launch<T, Small>(guard, product, operands, grid);
+    if constexpr (has_large_tiles<T>) {
+      if (cut.large) launch<T, Large>(guard, product, operands, grid);
+    }
     if (cut.splits > 1) add_parts(guard, product, operands, cut.splits);
   });
 }

@@ -67,6 +67,7 @@ CALLS = [
             *_calls(2, 6, (7, 5), (9, 1, 1), ONE, (0, 0), ONE, 3, layout),
         ]
     ),
+    *_calls(0, 2, (5, 4), (2, 3, 3), ONE, ONE, ONE, 2),
     # More weights than the shared memory holds.
     Call(
         "conv_forward",

@@ -612,6 +612,11 @@ void depthwise_input_grad(const CudaGuard& guard, const ConvGeometry& g, bool ch
 
 void depthwise_weight_grad(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& grad_output,
                            const Tensor& input, const Tensor& grad_weight) {
+  if (grad_output.numel() == 0 || input.numel() == 0) {
+    Tensor zeros = grad_weight;
+    torch::stable::zero_(zeros);
+    return;
+  }
   for_floating_dtype(input.scalar_type(), "conv_weight_grad", [&](auto scalar) {
     weight_grad<decltype(scalar)>(guard, g, channels_last, grad_output, input, grad_weight);
   });

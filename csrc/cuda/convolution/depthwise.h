@@ -13,8 +13,7 @@ namespace manual_ops {
 bool depthwise_serves(const ConvGeometry& g);
 
 // The caller has allocated all tensors: dense, in the layout that is named, but for `weight` and `grad_weight`, which
-// are contiguous (groups * out_channels, in_channels, *window). None of the operands' sizes is zero but the batch, the
-// channels of the source and the axes of the source.
+// are contiguous (groups * out_channels, in_channels, *window). The result is not empty.
 void depthwise_forward(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& input,
                        const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& output);
 void depthwise_input_grad(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, const Tensor& grad_output,
