@@ -115,7 +115,10 @@ void cu_launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 
                cudaStream_t stream, Arguments&&... arguments) {
   if (shared_bytes > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(arguments)...);
+  // clang-format takes the launch for comparisons.
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "manual_ops: ", name, ": ", cudaGetErrorString(error));
 }
