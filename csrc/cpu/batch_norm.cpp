@@ -1,6 +1,7 @@
 // Batch norm, alone and fused with the residual and the ReLU behind it. The formulas are in ops/batch_norm.py.
 #include <cmath>
 
+#include "channel_layout.h"
 #define MANUAL_OPS_KERNELS "cpu/batch_norm_kernels.h"
 #include "cpu/each_isa.h"
 
@@ -8,35 +9,18 @@ namespace manual_ops {
 
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-
 // Rows (channels innermost) are cut into blocks of this many; each is summed on its own, and the blocks' sums are added
 // in their order, so that the split over threads does not show in the bits. A multiple of 8: rows that share mask
 // bytes.
 constexpr int64_t kRowsPerBlock = 128;
 
-// How the values of a tensor lie: planes of one channel, or rows of all channels.
-struct Layout {
-  int64_t batch, channels, pixels, rows, pitch, blocks;
-  bool channels_last, is_rows;
+// A channel's planes are `pitch` apart; rows are summed in `blocks`.
+struct Layout : ChannelLayout {
+  int64_t pitch, blocks;
 
-  explicit Layout(const Tensor& input) {
-    STD_TORCH_CHECK(input.dim() >= 2, "batch_norm: the input has fewer than 2 dimensions");
-    batch = input.size(0), channels = input.size(1), pixels = 1;
-    for (int64_t dim = 2; dim < input.dim(); ++dim) pixels *= input.size(dim);
-    channels_last = is_channels_last(input);
-    is_rows = channels_last || input.dim() == 2;
-    rows = batch * pixels, pitch = channels * pixels, blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  explicit Layout(const Tensor& input) : ChannelLayout(input, "batch_norm") {
+    pitch = channels * pixels, blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   }
-
-  // Of an empty channel the statistics are those of one zero, not NaN.
-  double count() const { return static_cast<double>(std::max<int64_t>(1, rows)); }
-
-  Sizes mask_sizes() const {
-    return is_rows ? Sizes{(rows + 7) / 8, channels} : Sizes{batch, channels, (pixels + 7) / 8};
-  }
-
-  Tensor arranged(const Tensor& tensor) const { return as_contiguous(tensor, channels_last); }
 
   // body(offset of the plane, channel, index of the plane) over all planes.
   template <class Body>
@@ -65,19 +49,11 @@ struct Layout {
   }
 };
 
-void check_same_shape(const Tensor& tensor, const Tensor& input, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == input.dim() && tensor.scalar_type() == input.scalar_type(), "batch_norm: ", name,
-                  " has another rank or dtype than the input");
-  for (int64_t dim = 0; dim < input.dim(); ++dim)
-    STD_TORCH_CHECK(tensor.size(dim) == input.size(dim), "batch_norm: ", name, " has another shape than the input");
-}
-
 // A tensor of one number a channel as numbers, `otherwise` where there is none.
 std::vector<double> numbers(const MaybeTensor& tensor, int64_t channels, double otherwise) {
   std::vector<double> values(channels, otherwise);
   if (!tensor) return values;
-  STD_TORCH_CHECK(tensor->numel() == channels, "batch_norm: expected one value for each of ", channels,
-                  " channels, got ", tensor->numel());
+  check_channel_values(*tensor, channels, "batch_norm");
   const Tensor dense = as_contiguous(*tensor);
   for_floating_dtype(dense.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
@@ -167,10 +143,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
   const Layout layout(input_any);
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), "batch_norm: mean and var go together");
   const bool has_residual = residual_any.has_value();
-  if (has_residual) check_same_shape(*residual_any, input_any, "the residual");
+  if (has_residual) check_same_shape(*residual_any, input_any, "batch_norm", "the residual");
   const Tensor input = layout.arranged(input_any);
   const Tensor residual = has_residual ? layout.arranged(*residual_any) : input;
-  const ScalarType accumulated = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType accumulated = accumulated_type(input);
   const Tensor output = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
   const Tensor used_mean = new_tensor({layout.channels}, accumulated, input);
   const Tensor used_var = new_tensor({layout.channels}, accumulated, input);
@@ -299,10 +275,10 @@ void sums_of_channel(const Layout& layout, const T* g, const T* x, const Affine<
 
 Tensor batch_norm_sums(const Tensor& grad_any, const Tensor& input_any, const MaybeTensor& mean, const MaybeTensor& var,
                        double eps) {
-  check_same_shape(grad_any, input_any, "the gradient");
+  check_same_shape(grad_any, input_any, "batch_norm", "the gradient");
   const Layout layout(input_any);
   const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
-  const ScalarType accumulated = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType accumulated = accumulated_type(input);
   const int64_t channels = layout.channels;
   const Tensor sums = new_tensor({2, channels}, accumulated, input);
   for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {
@@ -363,10 +339,10 @@ void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accum
 std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_any, const Tensor& input_any, const Tensor& mean,
                                                const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
                                                double eps, bool relu) {
-  check_same_shape(grad_any, input_any, "the gradient");
+  check_same_shape(grad_any, input_any, "batch_norm", "the gradient");
   const Layout layout(input_any);
   const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
-  const ScalarType accumulated = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType accumulated = accumulated_type(input);
   const Tensor grad_input = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
   const Tensor sums = new_tensor({2, layout.channels}, accumulated, input);
   for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {
