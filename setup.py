@@ -30,6 +30,7 @@ COMPILE = [
     "-Wno-psabi",
 ]
 COMPILE_CUDA = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-fwrapv", "-lineinfo"]
+COMPILE_CUDA += ["-DUSE_CUDA"]  # the shim of the stable ABI declares its functions for streams
 OLDEST_TOOLKIT = (12, 0)  # the first that compiles C++20
 ARCHITECTURES = {"8.0": (11, 0), "9.0a": (12, 0), "10.0+PTX": (12, 8)}  # and the first toolkit that knows each
 HEADERS = sorted(str(path) for path in Path("csrc").glob("**/*.h"))

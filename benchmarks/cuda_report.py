@@ -20,7 +20,7 @@ import torch
 import typer
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "--expt-relaxed-constexpr"]
+FLAGS = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
 FLAGS += [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
 FLAGS += ["-D__CUDA_NO_BFLOAT16_CONVERSIONS__", "-Xptxas=-v"]
 INSTANCE = re.compile(

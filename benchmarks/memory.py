@@ -18,7 +18,6 @@ from typing import Annotated
 import matplotlib
 import torch
 import typer
-from networks import CONVOLUTIONAL
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -26,6 +25,7 @@ from torch import nn
 import manual_ops
 from manual_ops.compare import alive_bytes
 from manual_ops.environment import environment
+from networks import CONVOLUTIONAL
 
 matplotlib.use("agg")
 from matplotlib import pyplot

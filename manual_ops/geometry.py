@@ -247,8 +247,8 @@ def adaptive_output_size(op: str, axes: int, input: torch.Tensor, output_size: A
     if axes > 1 and not listed and not isinstance(output_size, (int, torch.SymInt)):
         raise TypeError(f"{op}: output_size must be an int or a sequence of {axes} ints, got {output_size!r}")
     if listed and axes > 1:
-        sizes = zip(input.shape[-axes:], output_size, strict=False)
-        output_size = [size if out is None else out for size, out in sizes] + list(output_size[axes:])
+        pairs = zip(input.shape[-axes:], output_size, strict=False)
+        output_size = [size if out is None else out for size, out in pairs] + list(output_size[axes:])
     sizes = per_axis(op, "output_size", output_size, axes)
     if listed and len(output_size) != axes:
         raise RuntimeError(f"{op}: output_size must be an int or a sequence of {axes} ints, got {output_size!r}")

@@ -7,7 +7,6 @@
 #include <cstring>
 
 #ifndef CU_EMULATED
-#define USE_CUDA  // the shim declares its functions for streams
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #endif
