@@ -57,10 +57,11 @@ demo: $(READY)
 	$(RUN) -m manual_ops demo
 
 test: $(READY)
-	$(RUN) -m pytest -m "not slow" --ignore=tests/cuda_emulation
+	$(RUN) -m pytest -n auto -m "not slow" --ignore=tests/cuda_emulation
 
 test-all: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --ignore=tests/cuda_emulation
+	$(RUN) -m pytest tests/cuda_emulation
 
 test-emulation: $(READY)
 	$(RUN) -m pytest tests/cuda_emulation

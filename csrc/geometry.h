@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace manual_ops {
 
@@ -18,6 +19,17 @@ struct ConvGeometry {
 };
 
 inline int64_t product(const int64_t (&sizes)[kAxes]) { return sizes[0] * sizes[1] * sizes[2]; }
+
+// The x from 0 to b-1 with a*x = 1 modulo b, for numbers without a common divisor.
+inline int64_t inverse_modulo(int64_t a, int64_t b) {
+  int64_t previous = b, rest = a % b, of_previous = 0, of_rest = 1;
+  while (rest != 0) {
+    const int64_t quotient = previous / rest;
+    previous = std::exchange(rest, previous - quotient * rest);
+    of_previous = std::exchange(of_rest, of_previous - quotient * of_rest);
+  }
+  return (of_previous % b + b) % b;
+}
 
 // Where element (n, c, position) of a dense (N, C, ...) tensor lies: contiguous or channels_last.
 struct Layout {

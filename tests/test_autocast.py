@@ -175,13 +175,15 @@ def test_compiled_without_a_graph_break(compiler):
     def model(x, w):
         return functional.max_pool2d(functional.conv2d(x, w), 2)
 
+    device = device_type()
+
     def inside(x, w):
-        with torch.autocast(device_type(), dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             return model(x, w)
 
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     assert compiled(x, w).dtype == torch.float32
-    with torch.autocast(device_type(), dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         around = compiled(x, w)
     for output in (around, torch.compile(inside, fullgraph=True, backend=compiler)(x, w)):
         expected = inside(x, w)

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cuda/cu.h"
+#include "geometry.h"
 #include "pooling.h"
 
 namespace manual_ops {
@@ -202,17 +203,6 @@ struct PoolAxisArguments {
 
  private:
   CU_DEVICE Index modulo_period(Index value) const { return value - by_period.quotient(value) * period; }
-
-  // The number whose product with `value` is 1 modulo `modulus`, for two numbers without a common divisor.
-  static int64_t inverse_modulo(int64_t value, int64_t modulus) {
-    int64_t remainder = modulus, next_remainder = value % modulus, factor = 0, next_factor = 1;
-    while (next_remainder != 0) {
-      const int64_t quotient = remainder / next_remainder;
-      remainder = std::exchange(next_remainder, remainder - quotient * next_remainder);
-      factor = std::exchange(next_factor, factor - quotient * next_factor);
-    }
-    return (factor % modulus + modulus) % modulus;
-  }
 };
 
 // What all kernels take.

@@ -1,7 +1,7 @@
 """Small calls of every kernel, with odd sizes: each native kernel must give what its readable Python body gives.
 
 A call is a kernel's name and its arguments, in which a `Random` or a `Given` stands for a tensor. One module an
-operation; `ALL` has them all.
+operation; `ALL` has them all. `expected_of` and `compare` are the two halves of the test.
 """
 
 import importlib
@@ -9,6 +9,11 @@ import pkgutil
 from dataclasses import dataclass, field
 
 import torch
+
+from manual_ops import kernel
+from support import TOLERANCE, moved
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 LAYOUTS = {
     "contiguous": lambda data: data.contiguous(),
@@ -79,3 +84,35 @@ def _all():
 
 
 ALL = _all()
+
+
+def _steps(tensor):
+    """The strides that mean something: those of axes with more than one index."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+
+
+def _results(name, args, backend):
+    """What the kernel returns, and what it leaves in the arguments it may change."""
+    results = kernel.KERNELS[name](*args, backend=backend)
+    results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
+    schema = kernel.KERNELS[name].native._schema
+    return results + [
+        arg
+        for arg, declared in zip(args, schema.arguments, strict=True)
+        if declared.alias_info is not None and declared.alias_info.is_write
+    ]
+
+
+def expected_of(call, dtype):
+    """What the Python body makes, in float64, of the values that the dtype can hold."""
+    return _results(call.kernel, call.make(dtype, torch.float64), "python")
+
+
+def compare(call, dtype, device, expected):
+    """AssertionError unless the native kernel gives what is expected, in the dtype's precision and the same layout."""
+    results = _results(call.kernel, [moved(arg, device) for arg in call.make(dtype, dtype)], "native")
+    tolerance = dict.fromkeys(("rtol", "atol"), call.tolerance[dtype]) if dtype in call.tolerance else TOLERANCE[dtype]
+    for result, wanted in zip(results, expected, strict=True):
+        exact = {} if wanted.is_floating_point() else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(result.cpu(), wanted.to(result.dtype), equal_nan=True, **(exact or tolerance))
+        assert _steps(result) == _steps(wanted) or result.numel() == 0

@@ -75,17 +75,6 @@ Walk taps_of(const ConvGeometry& g, const Layout& input, const Layout& weight, b
   return walk;
 }
 
-// The x with a*x = 1 modulo b, for a and b without a common divisor.
-int64_t inverse_modulo(int64_t a, int64_t b) {
-  int64_t previous = b, rest = a % b, of_previous = 0, of_rest = 1;
-  while (rest != 0) {
-    const int64_t quotient = previous / rest;
-    previous = std::exchange(rest, previous - quotient * rest);
-    of_previous = std::exchange(of_rest, of_previous - quotient * of_rest);
-  }
-  return (of_previous % b + b) % b;
-}
-
 }  // namespace
 
 void dense_forward(const CudaGuard& guard, const ConvGeometry& g, bool channels_last, bool weight_last,

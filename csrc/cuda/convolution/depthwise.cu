@@ -39,7 +39,7 @@ struct GatherAxis {
     by_tap_step = Divider<Index>(step);
     tap_step = static_cast<Index>(step);
     source_step = static_cast<Index>(-g.dilation[axis] / common);
-    inverse = static_cast<Index>(modular_inverse(g.dilation[axis] / common, step));
+    inverse = static_cast<Index>(inverse_modulo(g.dilation[axis] / common, step));
   }
 
   // The largest number that a kernel meets on this axis.
@@ -62,18 +62,6 @@ struct GatherAxis {
       const Index distance = position - first_tap * dilation;  // a multiple of the stride where a tap is met
       first_source = distance >= 0 ? by_stride.quotient(distance) : -by_stride.quotient(-distance);
     }
-  }
-
- private:
-  // x with number*x = 1 modulo `modulus`, by Euclid's algorithm.
-  static int64_t modular_inverse(int64_t number, int64_t modulus) {
-    int64_t a = modulus, b = number % modulus, x = 0, y = 1;
-    while (b != 0) {
-      const int64_t quotient = a / b;
-      a = std::exchange(b, a - quotient * b);
-      x = std::exchange(y, x - quotient * y);
-    }
-    return ((x % modulus) + modulus) % modulus;
   }
 };
 
