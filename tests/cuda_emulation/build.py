@@ -20,7 +20,7 @@ HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
 OUTPUT = ROOT / "build" / "cuda_emulation"
 
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZE = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 # What the kernels are compiled with, what the engine is, and what both are linked with.
 BUILDS = {
     "plain": ("", "", ""),
@@ -51,7 +51,7 @@ def _rules(builds: list[str], libraries: dict[str, list[Path]]) -> str:
     rules.variable("builddir", str(OUTPUT))
     rules.variable(
         "flags",
-        "-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fwrapv -Wall -Wno-unknown-pragmas -Wno-psabi "
+        "-std=c++20 -O1 -fPIC -fvisibility=hidden -fwrapv -Wall -Wno-unknown-pragmas -Wno-psabi "
         f"-DTORCH_TARGET_VERSION=0x020b000000000000 -I{HERE} -I{ROOT / 'csrc'} "
         f"-isystem {torch_root / 'include'}",
     )

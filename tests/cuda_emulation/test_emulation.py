@@ -62,7 +62,7 @@ def build(request):
 
 @pytest.fixture(scope="session")
 def planted():
-    compile_libraries(list(BUILDS), {"planted": [HERE / "planted.cu"]})
+    compile_libraries(["check", "sanitize"], {"planted": [HERE / "planted.cu"]})
     torch.ops.load_library(str(library("check", "planted")))
     return torch.ops.cuda_emulation.planted
 
