@@ -174,7 +174,7 @@ struct Forward {
   }
 };
 
-// weight * rstd * (g - <g> - xhat * <g xhat>), sorted by what it multiplies.
+// weight * rstd * (g - <g> - xhat * <g xhat>), with xhat = (x - mean) * rstd.
 template <class T_, bool kRelu>
 struct InputGrad {
   using T = T_;
@@ -189,19 +189,19 @@ struct InputGrad {
 
   struct Channel {
     Affine<A> affine;  // its scale is also g's factor
-    A by_input, constant;
+    A mean_grad, by_input;
   };
   CU_DEVICE Channel channel(int64_t channel) const {
-    const double rstd = normalisation.rstd<A>(channel), factor = normalisation.weight[channel] * rstd / count;
-    return {normalisation.affine<A>(channel),
-            static_cast<A>(-factor * rstd * static_cast<double>(sums[channels + channel])),
-            static_cast<A>(-factor * static_cast<double>(sums[channel]))};
+    const double rstd = normalisation.rstd<A>(channel);
+    return {normalisation.affine<A>(channel), static_cast<A>(static_cast<double>(sums[channel]) / count),
+            static_cast<A>(-rstd * static_cast<double>(sums[channels + channel]) / count)};
   }
   CU_DEVICE T operator()(const Channel& channel, const A (&x)[2]) const {
     A g = x[0];
     if constexpr (kRelu) g = passes(static_cast<T>(channel.affine(x[1]))) ? g : A(0);
     const A centred = x[1] - channel.affine.mean;
-    return static_cast<T>(fma(channel.affine.scale, g, fma(centred, channel.by_input, channel.constant)));
+    // Of gradients that are all alike the difference is exactly zero.
+    return static_cast<T>(channel.affine.scale * fma(centred, channel.by_input, g - channel.mean_grad));
   }
 };
 
