@@ -46,9 +46,4 @@ inline void check_channel_values(const Tensor& tensor, int64_t channels, const c
                   tensor.numel());
 }
 
-// The dtype of statistics and sums of an input.
-inline ScalarType accumulated_type(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 }  // namespace manual_ops

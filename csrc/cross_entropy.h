@@ -75,14 +75,30 @@ inline void check_lse(const Tensor& lse, const Rows& rows) {
                   " rows");
 }
 
-inline Sizes rows_shape(const Sizes& sizes) {
-  Sizes shape = sizes;
-  shape.erase(shape.begin() + 1);
-  return shape;
-}
+// What the forward passes return, not filled: losses and denominators; `lse` is (2, the shape of the rows).
+struct CrossEntropyResults {
+  Tensor loss, denominator;
+  Sizes lse_sizes;
 
-inline ScalarType accumulation_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? dtype : ScalarType::Float;
-}
+  CrossEntropyResults(const Tensor& input, const std::string& reduction, const Sizes& samples)
+      : CrossEntropyResults(input, reduction, samples, rows_shape(sizes_of(input))) {}
+
+  Tensor new_lse(const Tensor& input) const {
+    return new_tensor(lse_sizes, accumulation_type(input.scalar_type()), input);
+  }
+
+ private:
+  CrossEntropyResults(const Tensor& input, const std::string& reduction, const Sizes& samples, const Sizes& rows)
+      : loss(new_tensor(reduction == "none" ? rows : samples, input.scalar_type(), input)),
+        denominator(new_tensor(samples, accumulation_type(input.scalar_type()), input)),
+        lse_sizes(rows) {
+    lse_sizes.insert(lse_sizes.begin(), 2);
+  }
+
+  static Sizes rows_shape(Sizes sizes) {
+    sizes.erase(sizes.begin() + 1);
+    return sizes;
+  }
+};
 
 }  // namespace manual_ops

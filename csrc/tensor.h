@@ -28,6 +28,11 @@ using Sizes = std::vector<int64_t>;
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// The same of a dtype.
+inline ScalarType accumulation_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? dtype : ScalarType::Float;
+}
+
 // Calls body(T{}) with the scalar type of `dtype`.
 template <class Body>
 void for_floating_dtype(ScalarType dtype, const char* op, Body&& body) {

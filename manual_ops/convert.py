@@ -88,25 +88,22 @@ def _enter_lean(model: torch.nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         block = recipes.lean()
         block.__enter__()
-        _open_blocks().append(block)
+        _blocks.open.append(block)
 
 
 def _leave_lean(model: torch.nn.Module, args: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling() and _open_blocks():
-        _open_blocks().pop().__exit__(None, None, None)
+    if not torch.compiler.is_compiling() and _blocks.open:
+        _blocks.open.pop().__exit__(None, None, None)
 
 
 class _Blocks(threading.local):
+    """The blocks of lean mode that models of this thread are in, the innermost last."""
+
     def __init__(self) -> None:
         self.open: list[Any] = []
 
 
 _blocks = _Blocks()
-
-
-def _open_blocks() -> list[Any]:
-    """The blocks of lean mode that models of this thread are in, the innermost last."""
-    return _blocks.open
 
 
 def _with_parametrizations_of(module: torch.nn.Module, twin: type[torch.nn.Module]) -> type[torch.nn.Module]:

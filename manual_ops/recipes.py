@@ -15,6 +15,7 @@ Lean mode stands aside where others pack saved tensors (hooks of the user's, non
 transforms of torch.func, and in torch.compile, which decides itself what to recompute.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -229,15 +230,11 @@ def _note(output: Tensor, function: Callable[..., Tensor], operands: tuple[Any, 
 
 def _note_concatenation(output: Tensor, tensors: Any, dim: int = 0) -> None:
     if all(tensor.dtype == output.dtype for tensor in tensors):
-        made(output, _Concatenation(dim), *tensors, shared=True)
+        made(output, functools.partial(_concatenate, dim=dim), *tensors, shared=True)
 
 
-class _Concatenation:
-    def __init__(self, dim: int):
-        self._dim = dim
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        return torch.cat(tensors, self._dim)
+def _concatenate(*tensors: Tensor, dim: int) -> Tensor:
+    return torch.cat(tensors, dim)
 
 
 _SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")

@@ -85,10 +85,6 @@ LEFT = {
 }
 
 
-def with_unused(gradients, parameters):
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-
-
 @pytest.mark.parametrize("way", FUSED)
 def test_every_way_of_writing_it_is_found(way):
     plain, fused = pair(lambda: Written(FUSED[way]))

@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
   if (has_residual) check_same_shape(*residual_any, input_any, "batch_norm", "the residual");
   const Tensor input = layout.arranged(input_any);
   const Tensor residual = has_residual ? layout.arranged(*residual_any) : input;
-  const ScalarType accumulated = accumulated_type(input);
+  const ScalarType accumulated = accumulation_type(input.scalar_type());
   const Tensor output = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
   const Tensor used_mean = new_tensor({layout.channels}, accumulated, input);
   const Tensor used_var = new_tensor({layout.channels}, accumulated, input);
@@ -278,7 +278,7 @@ Tensor batch_norm_sums(const Tensor& grad_any, const Tensor& input_any, const Ma
   check_same_shape(grad_any, input_any, "batch_norm", "the gradient");
   const Layout layout(input_any);
   const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
-  const ScalarType accumulated = accumulated_type(input);
+  const ScalarType accumulated = accumulation_type(input.scalar_type());
   const int64_t channels = layout.channels;
   const Tensor sums = new_tensor({2, channels}, accumulated, input);
   for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {
@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_any, const Ten
   check_same_shape(grad_any, input_any, "batch_norm", "the gradient");
   const Layout layout(input_any);
   const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
-  const ScalarType accumulated = accumulated_type(input);
+  const ScalarType accumulated = accumulation_type(input.scalar_type());
   const Tensor grad_input = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
   const Tensor sums = new_tensor({2, layout.channels}, accumulated, input);
   for_floating_dtype(input.scalar_type(), "batch_norm", [&](auto scalar) {

@@ -189,20 +189,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
   const Tensor &input = operands.input, &target = operands.target;
   const RowBlocks rows(sizes_of(input), samples, operands.channels_last);
   check_rows(target, rows);
-  const ScalarType dtype = input.scalar_type();
-  const Sizes row_sizes = rows_shape(sizes_of(input));
-  const Tensor loss = new_tensor(reduction == "none" ? row_sizes : samples, dtype, input);
-  Sizes lse_sizes = row_sizes;
-  lse_sizes.insert(lse_sizes.begin(), 2);
-  const Tensor lse = new_tensor(lse_sizes, accumulation_type(dtype), input);
-  const Tensor denominator = new_tensor(samples, accumulation_type(dtype), input);
+  const CrossEntropyResults made(input, reduction, samples);
+  const Tensor lse = made.new_lse(input);
 
-  for_floating_dtype(dtype, "cross_entropy", [&](auto scalar) {
+  for_floating_dtype(input.scalar_type(), "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     using A = accumulate_t<T>;
     const ClassWeight<T> weight(weight_any, rows);
     const A soft = static_cast<A>(label_smoothing / std::max<int64_t>(1, rows.classes));
-    Losses<T> losses(rows, reduction, loss, denominator);
+    Losses<T> losses(rows, reduction, made.loss, made.denominator);
     A *maxima = mutable_data<A>(lse), *log_sums = maxima + rows.rows;
     for_target(target, label_smoothing, [&](auto kind) {
       constexpr Target kTarget = kind;
@@ -234,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
     });
     losses.finish();
   });
-  return {loss, lse, denominator};
+  return {made.loss, lse, made.denominator};
 }
 
 // The gradient of every row's loss, for a block.
@@ -322,14 +317,12 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
   const Tensor &input = operands.input, &target = operands.target;
   const RowBlocks rows(sizes_of(input), samples, operands.channels_last);
   check_rows(target, rows);
-  const ScalarType dtype = input.scalar_type();
-  const Tensor loss = new_tensor(reduction == "none" ? rows_shape(sizes_of(input)) : samples, dtype, input);
-  const Tensor denominator = new_tensor(samples, accumulation_type(dtype), input);
-  for_floating_dtype(dtype, "nll_loss", [&](auto scalar) {
+  const CrossEntropyResults made(input, reduction, samples);
+  for_floating_dtype(input.scalar_type(), "nll_loss", [&](auto scalar) {
     using T = decltype(scalar);
     using A = accumulate_t<T>;
     const ClassWeight<T> weight(weight_any, rows);
-    Losses<T> losses(rows, reduction, loss, denominator);
+    Losses<T> losses(rows, reduction, made.loss, made.denominator);
     TargetCheck check(target, rows.classes, ignore_index);
     const int64_t between_rows = rows.strided ? 1 : rows.classes;
     rows.for_each_block([&](const RowBlocks::Block& block) {
@@ -346,7 +339,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
     check.raise("nll_loss");
     losses.finish();
   });
-  return {loss, denominator};
+  return {made.loss, made.denominator};
 }
 
 Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, const std::optional<Tensor>& weight_any,

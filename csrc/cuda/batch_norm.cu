@@ -457,8 +457,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
   const Tensor input = layout.arranged(input_any);
   const Tensor residual = has_residual ? layout.arranged(*residual_any) : input;
   const Tensor output = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
-  const Tensor used_mean = new_tensor({layout.channels}, accumulated_type(input), input);
-  const Tensor used_var = new_tensor({layout.channels}, accumulated_type(input), input);
+  const Tensor used_mean = new_tensor({layout.channels}, accumulation_type(input.scalar_type()), input);
+  const Tensor used_var = new_tensor({layout.channels}, accumulation_type(input.scalar_type()), input);
   const Tensor mask = new_tensor(has_residual && relu ? layout.mask_sizes() : Sizes{0}, ScalarType::Byte, input);
   const CudaGuard guard(input);
   const Matrix matrix(layout);
@@ -536,7 +536,7 @@ Tensor batch_norm_sums(const Tensor& grad_any, const Tensor& input_any, const Ma
   check_same_shape(grad_any, input_any, "batch_norm", "the gradient");
   const ChannelLayout layout(input_any, "batch_norm");
   const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
-  const Tensor sums = new_tensor({2, layout.channels}, accumulated_type(input), input);
+  const Tensor sums = new_tensor({2, layout.channels}, accumulation_type(input.scalar_type()), input);
   const CudaGuard guard(input);
   Parameters parameters{layout.channels};
   const Normalisation normalisation = parameters.normalisation(mean, var, std::nullopt, std::nullopt, eps);
@@ -555,7 +555,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward(const Tensor& grad_any, const Ten
   const ChannelLayout layout(input_any, "batch_norm");
   const Tensor input = layout.arranged(input_any), grad_output = layout.arranged(grad_any);
   const Tensor grad_input = new_tensor(sizes_of(input), input.scalar_type(), input, layout.channels_last);
-  const Tensor sums = new_tensor({2, layout.channels}, accumulated_type(input), input);
+  const Tensor sums = new_tensor({2, layout.channels}, accumulation_type(input.scalar_type()), input);
   const CudaGuard guard(input);
   const Matrix matrix(layout);
   Parameters parameters{layout.channels};

@@ -500,19 +500,14 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
   const Rows rows(sizes_of(input), samples, operands.channels_last);
   check_rows(target, rows);
   const WeightOperand weight(weight_any, rows, input);
-  const ScalarType dtype = input.scalar_type();
-  const Sizes row_sizes = rows_shape(sizes_of(input));
-  const Tensor loss = new_tensor(reduction == "none" ? row_sizes : samples, dtype, input);
-  Sizes lse_sizes = row_sizes;
-  lse_sizes.insert(lse_sizes.begin(), 2);
-  const Tensor lse = new_tensor(lse_sizes, accumulation_type(dtype), input);
-  const Tensor denominator = new_tensor(samples, accumulation_type(dtype), input);
+  const CrossEntropyResults made(input, reduction, samples);
+  const Tensor lse = made.new_lse(input);
 
   const CudaGuard guard(input);
-  for_floating_dtype(dtype, "cross_entropy", [&](auto scalar) {
+  for_floating_dtype(input.scalar_type(), "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     using A = accumulate_t<T>;
-    LossResults<T> results(rows, reduction, loss, denominator);
+    LossResults<T> results(rows, reduction, made.loss, made.denominator);
     A* maxima = cu_output<A>(lse);
     for_target(target, label_smoothing, [&](auto kind) {
       constexpr Target kTarget = kind;
@@ -530,7 +525,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
     });
     results.finish(guard);
   });
-  return {loss, lse, denominator};
+  return {made.loss, lse, made.denominator};
 }
 
 // grad_output and the denominator, contiguous and kept alive.
@@ -615,20 +610,18 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
   const Rows rows(sizes_of(input), samples, operands.channels_last);
   check_rows(target, rows);
   const WeightOperand weight(weight_any, rows, input);
-  const ScalarType dtype = input.scalar_type();
-  const Tensor loss = new_tensor(reduction == "none" ? rows_shape(sizes_of(input)) : samples, dtype, input);
-  const Tensor denominator = new_tensor(samples, accumulation_type(dtype), input);
+  const CrossEntropyResults made(input, reduction, samples);
   const CudaGuard guard(input);
-  for_floating_dtype(dtype, "nll_loss", [&](auto scalar) {
+  for_floating_dtype(input.scalar_type(), "nll_loss", [&](auto scalar) {
     using T = decltype(scalar);
-    LossResults<T> results(rows, reduction, loss, denominator);
+    LossResults<T> results(rows, reduction, made.loss, made.denominator);
     const SlicePlan plan = plan_of_lookup(shape_of(rows), kMostShares, 1);
     launch_team<ColumnTeam<1, 1>>(guard, plan,
                                   NllForward<T>{cu_input<T>(input), cu_input<int64_t>(target), weight.values<T>(),
                                                 ignore_index, results.rows(plan.blocks)});
     results.finish(guard);
   });
-  return {loss, denominator};
+  return {made.loss, made.denominator};
 }
 
 Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, const std::optional<Tensor>& weight_any,

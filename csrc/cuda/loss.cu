@@ -110,98 +110,66 @@ void sum_into(const CudaGuard& guard, const Function& function, const Tensor& li
   CU_LAUNCH(guard, finish_sum_kernel<T>, 1, 1024, 0, shares, blocks, scale, output);
 }
 
-template <Loss kind>
-Tensor forward(const LossOperands& operands, const std::string& reduction) {
-  const auto& [input, target, weights] = operands;
-  const bool reduced = is_reduced(reduction);
-  const Tensor output = reduced ? new_tensor({}, input.scalar_type(), input) : new_like(input);
-  const double scale = scale_of(reduction, input.numel());
-  const CudaGuard guard(input);
-  for_floating_dtype(input.scalar_type(), "loss",
-                     [&, &input = input, &target = target, &weights = weights](auto scalar) {
-                       using T = decltype(scalar);
-                       const LossValue<kind, accumulate_t<T>> value{};
-                       T* to = cu_output<T>(output);
-                       const auto run = [&](auto... inputs) {
-                         if (reduced) return sum_into(guard, value, input, scale, to, inputs...);
-                         if constexpr (kind != Loss::identity) elementwise(guard, value, input.numel(), to, inputs...);
-                       };
-                       const T* x = cu_input<T>(input);
-                       if constexpr (kind == Loss::identity)
-                         run(x);
-                       else if constexpr (kind == Loss::weighted_logistic)
-                         run(x, cu_input<T>(target), cu_input<T>(weights));
-                       else
-                         run(x, cu_input<T>(target));
-                     });
-  return output;
-}
+struct Cuda {
+  template <Loss kind>
+  static void value(const LossOperands& operands, const Tensor& output, bool reduced, double scale) {
+    const auto& [input, target, weights] = operands;
+    const CudaGuard guard(input);
+    for_floating_dtype(input.scalar_type(), "loss",
+                       [&, &input = input, &target = target, &weights = weights](auto scalar) {
+                         using T = decltype(scalar);
+                         const LossValue<kind, accumulate_t<T>> value{};
+                         T* to = cu_output<T>(output);
+                         const auto run = [&](auto... inputs) {
+                           if (reduced) return sum_into(guard, value, input, scale, to, inputs...);
+                           if constexpr (kind != Loss::identity)
+                             elementwise(guard, value, input.numel(), to, inputs...);
+                         };
+                         const T* x = cu_input<T>(input);
+                         if constexpr (kind == Loss::identity)
+                           run(x);
+                         else if constexpr (kind == Loss::weighted_logistic)
+                           run(x, cu_input<T>(target), cu_input<T>(weights));
+                         else
+                           run(x, cu_input<T>(target));
+                       });
+  }
 
-template <Loss kind>
-Tensor backward(const Tensor& grad_any, const LossOperands& operands, const std::string& reduction) {
-  const auto& [input, target, weights] = operands;
-  const bool reduced = is_reduced(reduction);
-  check_loss_grad(grad_any, input, reduced);
-  const Tensor grad_output = reduced ? grad_any : in_layout_of(grad_any, input);
-  const Tensor grad_input = new_like(input);
-  const double scale = scale_of(reduction, input.numel());
-  const CudaGuard guard(input);
-  for_floating_dtype(
-      input.scalar_type(), "loss backward", [&, &input = input, &target = target, &weights = weights](auto scalar) {
-        using T = decltype(scalar);
-        using A = accumulate_t<T>;
-        T* to = cu_output<T>(grad_input);
-        const auto run = [&](auto... inputs) {
-          const T* grad = cu_input<T>(grad_output);
-          if (reduced)
-            elementwise(guard, ReducedSlope<kind, T>{grad, static_cast<A>(scale)}, input.numel(), to, inputs...);
+  template <Loss kind>
+  static void slope(const Tensor& grad_output, const LossOperands& operands, const Tensor& grad_input, bool reduced,
+                    double scale) {
+    const auto& [input, target, weights] = operands;
+    const CudaGuard guard(input);
+    for_floating_dtype(
+        input.scalar_type(), "loss backward", [&, &input = input, &target = target, &weights = weights](auto scalar) {
+          using T = decltype(scalar);
+          using A = accumulate_t<T>;
+          T* to = cu_output<T>(grad_input);
+          const auto run = [&](auto... inputs) {
+            const T* grad = cu_input<T>(grad_output);
+            if (reduced)
+              elementwise(guard, ReducedSlope<kind, T>{grad, static_cast<A>(scale)}, input.numel(), to, inputs...);
+            else
+              elementwise(guard, PointwiseSlope<kind, A>{}, input.numel(), to, grad, inputs...);
+          };
+          if constexpr (kind == Loss::weighted_logistic)
+            run(cu_input<T>(input), cu_input<T>(target), cu_input<T>(weights));
           else
-            elementwise(guard, PointwiseSlope<kind, A>{}, input.numel(), to, grad, inputs...);
-        };
-        if constexpr (kind == Loss::weighted_logistic)
-          run(cu_input<T>(input), cu_input<T>(target), cu_input<T>(weights));
-        else
-          run(cu_input<T>(input), cu_input<T>(target));
-      });
-  return grad_input;
-}
+            run(cu_input<T>(input), cu_input<T>(target));
+        });
+  }
+};
 
-Tensor total(const Tensor& input, const std::string& reduction) {
-  STD_TORCH_CHECK(is_reduced(reduction), "total: reduction must be sum or mean");
-  return forward<Loss::identity>({input, input, std::nullopt}, reduction);
-}
-
-Tensor mse_loss(const Tensor& input, const Tensor& target, const std::string& reduction) {
-  return forward<Loss::squared>({input, target, std::nullopt}, reduction);
-}
-
-Tensor mse_loss_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                         const std::string& reduction) {
-  return backward<Loss::squared>(grad_output, {input, target, std::nullopt}, reduction);
-}
-
-Tensor bce_with_logits(const Tensor& input, const Tensor& target, const std::optional<Tensor>& pos_weight,
-                       const std::string& reduction) {
-  const LossOperands operands{input, target, pos_weight};
-  return pos_weight ? forward<Loss::weighted_logistic>(operands, reduction)
-                    : forward<Loss::logistic>(operands, reduction);
-}
-
-Tensor bce_with_logits_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                                const std::optional<Tensor>& pos_weight, const std::string& reduction) {
-  const LossOperands operands{input, target, pos_weight};
-  return pos_weight ? backward<Loss::weighted_logistic>(grad_output, operands, reduction)
-                    : backward<Loss::logistic>(grad_output, operands, reduction);
-}
+using Operators = LossOperators<Cuda>;
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(manual_ops, CU_KEY, m) {
-  m.impl("total", TORCH_BOX(&total));
-  m.impl("mse_loss", TORCH_BOX(&mse_loss));
-  m.impl("mse_loss_backward", TORCH_BOX(&mse_loss_backward));
-  m.impl("bce_with_logits", TORCH_BOX(&bce_with_logits));
-  m.impl("bce_with_logits_backward", TORCH_BOX(&bce_with_logits_backward));
+  m.impl("total", TORCH_BOX(&Operators::total));
+  m.impl("mse_loss", TORCH_BOX(&Operators::mse_loss));
+  m.impl("mse_loss_backward", TORCH_BOX(&Operators::mse_loss_backward));
+  m.impl("bce_with_logits", TORCH_BOX(&Operators::bce_with_logits));
+  m.impl("bce_with_logits_backward", TORCH_BOX(&Operators::bce_with_logits_backward));
 }
 
 }  // namespace manual_ops
