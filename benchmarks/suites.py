@@ -1,8 +1,32 @@
-"""Tables of layers as well-known networks have them. `manual_ops.compare.LAYERS` is the one for a first look."""
+"""Tables of layers: of classes of operations, with the speed they should reach, and as well-known networks have them.
+
+`manual_ops.compare.LAYERS` is the table for a first look.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from manual_ops.compare import LAYERS, Layer
 
 BATCH = 8
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Layers that are measured together.
+
+    Attributes:
+        layers: the table.
+        target: what the geometric mean of the speedups should reach; None where nothing is aimed at.
+        floor: the speedup below which a layer counts as lost.
+        dtype, channels_last: of the inputs.
+    """
+
+    layers: tuple[Layer, ...]
+    target: float | None = None
+    floor: float = 0.95
+    dtype: str = "float32"
+    channels_last: bool = False
 
 
 def _conv(channels: int, size: int, out: int, window: int = 3, stride: int = 1, groups: int = 1) -> Layer:
@@ -77,13 +101,193 @@ LENET = (
     Layer("linear", (64, 400), {"out_features": 120}),
 )
 
-SUITES: dict[str, tuple[Layer, ...]] = {
-    "layers": LAYERS,
-    "resnet18": RESNET18,
-    "mobilenet_v2": MOBILENET_V2,
-    "unet": UNET,
-    "lenet": LENET,
+
+def _pool(op: str, shape: tuple[int, ...], label: str, **options: object) -> Layer:
+    return Layer(op, shape, options, label=label)
+
+
+def _pooling(axes: str) -> tuple[Layer, ...]:
+    """The windows of well-known networks and the odd ones between, for images of so many axes ("1", "2", "3")."""
+    tables = {
+        "1": (
+            _pool("max_pool1d", (32, 64, 4096), "max pool 2", kernel_size=2),
+            _pool("max_pool1d", (32, 64, 4096), "max pool 3 stride 2", kernel_size=3, stride=2, padding=1),
+            _pool("avg_pool1d", (32, 64, 4096), "average pool 2", kernel_size=2),
+            _pool("adaptive_avg_pool1d", (32, 64, 4096), "adaptive average pool to 7", output_size=7),
+            _pool("adaptive_max_pool1d", (32, 64, 4096), "adaptive max pool to 7", output_size=7),
+        ),
+        "2": (
+            _pool("max_pool2d", (32, 64, 112, 112), "max pool 3x3 stride 2", kernel_size=3, stride=2, padding=1),
+            _pool("max_pool2d", (32, 64, 56, 56), "max pool 2x2", kernel_size=2),
+            _pool("max_pool2d", (32, 256, 28, 28), "max pool 3x3 stride 1", kernel_size=3, stride=1, padding=1),
+            _pool("max_pool2d", (32, 256, 28, 28), "max pool 5x5 stride 1", kernel_size=5, stride=1, padding=2),
+            _pool("max_pool2d", (32, 21, 112, 112), "max pool 3x3 stride 2", kernel_size=3, stride=2, padding=1),
+            _pool("max_pool2d", (32, 3, 112, 112), "max pool 3x3 stride 2", kernel_size=3, stride=2, padding=1),
+            _pool("max_pool2d", (64, 6, 28, 28), "max pool 2x2", kernel_size=2),
+            _pool("avg_pool2d", (32, 64, 56, 56), "average pool 2x2", kernel_size=2),
+            _pool("avg_pool2d", (32, 64, 56, 56), "average pool 3x3 stride 1", kernel_size=3, stride=1, padding=1),
+            _pool("avg_pool2d", (32, 64, 56, 56), "average pool 3x3 stride 2", kernel_size=3, stride=2, padding=1),
+            _pool("adaptive_avg_pool2d", (32, 256, 28, 28), "adaptive average pool to 7", output_size=7),
+            _pool("adaptive_max_pool2d", (32, 256, 28, 28), "adaptive max pool to 7", output_size=7),
+            _pool("adaptive_avg_pool2d", (32, 512, 7, 7), "global average pool", output_size=1),
+            _pool("adaptive_max_pool2d", (32, 512, 7, 7), "global max pool", output_size=1),
+        ),
+        "3": (
+            _pool("max_pool3d", (4, 64, 16, 56, 56), "max pool 2x2x2", kernel_size=2),
+            _pool("max_pool3d", (4, 64, 16, 56, 56), "max pool 3x3x3 stride 2", kernel_size=3, stride=2, padding=1),
+            _pool("avg_pool3d", (4, 64, 16, 56, 56), "average pool 2x2x2", kernel_size=2),
+            _pool("adaptive_avg_pool3d", (4, 64, 16, 28, 28), "adaptive average pool to 7", output_size=7),
+            _pool("adaptive_max_pool3d", (4, 64, 16, 28, 28), "adaptive max pool to 7", output_size=7),
+        ),
+    }
+    return tuple(layer for axis in axes for layer in tables[axis])
+
+
+IMAGES = ((32, 64, 112, 112), (32, 64, 56, 56), (32, 256, 14, 14), (128, 512, 7, 7))
+
+
+def _norm(op: str, label: str, **options: object) -> tuple[Layer, ...]:
+    return tuple(Layer(op, shape, options, label=label) for shape in IMAGES)
+
+
+BATCH_NORM = (
+    *_norm("batch_norm", "batch norm"),
+    Layer("batch_norm", (32, 64, 56, 56), {"training": False}, label="batch norm, evaluation"),
+)
+BATCH_NORM_RELU = _norm("batch_norm_relu", "batch norm + ReLU")
+BATCH_NORM_ADD_RELU = _norm("batch_norm_relu", "batch norm + add + ReLU", residual=True)
+BATCH_NORM_FLAT = (
+    Layer("batch_norm", (256, 512), label="batch norm of features"),
+    Layer("batch_norm", (32, 128, 1024), label="batch norm of sequences"),
+    Layer("batch_norm", (4, 32, 16, 28, 28), label="batch norm of volumes"),
+)
+
+PER_PIXEL = (8, 21, 256, 256)
+CROSS_ENTROPY = (
+    Layer("cross_entropy", (128, 1000), label="cross-entropy"),
+    Layer("cross_entropy", (8192, 1000), label="cross-entropy"),
+    Layer("cross_entropy", (4096, 32000), label="cross-entropy"),
+    Layer("cross_entropy", (8192, 1000), {"label_smoothing": 0.1}, label="cross-entropy, smoothing"),
+    Layer("cross_entropy", (8192, 1000), {"probabilities": True}, label="cross-entropy, probabilities"),
+)
+CROSS_ENTROPY_PER_PIXEL = (
+    Layer("cross_entropy", PER_PIXEL, label="cross-entropy per pixel"),
+    Layer("cross_entropy", PER_PIXEL, {"label_smoothing": 0.1}, label="cross-entropy per pixel, smoothing"),
+)
+SOFTMAX_PER_PIXEL = tuple(
+    Layer(op, PER_PIXEL, {"dim": 1}, label=f"{label} per pixel")
+    for op, label in (("softmax", "softmax"), ("log_softmax", "log-softmax"))
+)
+SOFTMAX = tuple(
+    Layer(op, shape, {"dim": 1}, label=label)
+    for op, label in (("softmax", "softmax"), ("log_softmax", "log-softmax"))
+    for shape in ((128, 1000), (8192, 1000), (4096, 32000))
+)
+
+
+def _depthwise(channels: int, size: int, window: int = 3, stride: int = 1) -> Layer:
+    options = {"groups": channels, "kernel_size": window, "stride": stride, "padding": window // 2}
+    step = f" stride {stride}" if stride > 1 else ""
+    return Layer("conv2d", (32, channels, size, size), options, label=f"depthwise {window}x{window}{step}")
+
+
+DEPTHWISE = (
+    _depthwise(96, 56),
+    _depthwise(144, 28),
+    _depthwise(384, 14),
+    _depthwise(768, 7),
+    _depthwise(96, 112, stride=2),
+    _depthwise(192, 28, stride=2),
+    _depthwise(96, 56, window=7),
+    _depthwise(384, 14, window=7),
+    _depthwise(768, 7, window=7),
+)
+DEPTHWISE_1D = (Layer("conv1d", (32, 256, 1024), {"groups": 256, "padding": 1}, label="depthwise 3"),)
+
+ELEMENTWISE = tuple(
+    Layer(op, shape, label=label)
+    for op, label in (
+        ("relu", "ReLU"),
+        ("relu6", "ReLU6"),
+        ("leaky_relu", "leaky ReLU"),
+        ("sigmoid", "sigmoid"),
+        ("tanh", "tanh"),
+        ("silu", "SiLU"),
+        ("gelu", "GELU"),
+    )
+    for shape in ((16, 64, 56, 56), (32, 64, 112, 112))
+)
+LOSSES = tuple(
+    Layer(op, shape, options, label=label)
+    for op, label, options in (
+        ("mse_loss", "mean squared error", {}),
+        ("mse_loss", "squared errors", {"reduction": "none"}),
+        ("binary_cross_entropy_with_logits", "binary cross-entropy", {}),
+        ("nll_loss", "negative log-likelihood", {}),
+    )
+    for shape in ((256, 1000), (8192, 1000))
+)
+GELU_TANH = tuple(
+    Layer("gelu", shape, {"approximate": "tanh"}, label="GELU, tanh")
+    for shape in ((16, 64, 56, 56), (32, 64, 112, 112))
+)
+
+TINY = (2, 4, 8, 8)
+
+
+def _tiny() -> Iterator[Layer]:
+    """Every operation that takes such an input, at a size where only the call itself costs."""
+    yield Layer("conv2d", TINY, {"padding": 1})
+    yield Layer("conv2d", TINY, {"padding": 1, "groups": 4}, label="depthwise conv2d")
+    yield Layer("conv_transpose2d", TINY, {"kernel_size": 2, "stride": 2})
+    yield Layer("max_pool2d", TINY, {"kernel_size": 2})
+    yield Layer("avg_pool2d", TINY, {"kernel_size": 2})
+    yield Layer("adaptive_avg_pool2d", TINY, {"output_size": 1})
+    yield Layer("adaptive_max_pool2d", TINY, {"output_size": 1})
+    yield Layer("batch_norm", TINY)
+    yield Layer("batch_norm_relu", TINY)
+    yield Layer("batch_norm_relu", TINY, {"residual": True}, label="batch norm + add + ReLU")
+    yield Layer("cross_entropy", TINY)
+    yield Layer("nll_loss", TINY)
+    yield Layer("softmax", TINY, {"dim": 1})
+    yield Layer("log_softmax", TINY, {"dim": 1})
+    for op in ("relu", "relu6", "leaky_relu", "sigmoid", "tanh", "silu", "gelu"):
+        yield Layer(op, TINY)
+    yield Layer("mse_loss", TINY)
+    yield Layer("binary_cross_entropy_with_logits", TINY)
+    yield Layer("linear", TINY, {"out_features": 8})
+
+
+# The classes that are bound by memory, each with what the geometric mean of its speedups should reach on one thread.
+CLASSES: dict[str, Suite] = {
+    "pooling": Suite(_pooling("123"), 7),
+    "pooling-channels_last": Suite(_pooling("23"), 2, channels_last=True),
+    "pooling-bfloat16": Suite(_pooling("2"), 4, dtype="bfloat16"),
+    "pooling-bfloat16-channels_last": Suite(_pooling("2"), 4, dtype="bfloat16", channels_last=True),
+    "batch_norm": Suite(BATCH_NORM + BATCH_NORM_FLAT, 2),
+    "batch_norm_relu": Suite(BATCH_NORM_RELU, 2.8),
+    "batch_norm_add_relu": Suite(BATCH_NORM_ADD_RELU, 2.5),
+    "batch_norm-channels_last": Suite(BATCH_NORM, 1.3, channels_last=True),
+    "batch_norm_relu-channels_last": Suite(BATCH_NORM_RELU, 1.6, channels_last=True),
+    "batch_norm_add_relu-channels_last": Suite(BATCH_NORM_ADD_RELU, 1.6, channels_last=True),
+    "cross_entropy": Suite(CROSS_ENTROPY + CROSS_ENTROPY_PER_PIXEL, 3.5),
+    "cross_entropy-channels_last": Suite(CROSS_ENTROPY_PER_PIXEL, 3.5, channels_last=True),
+    "softmax": Suite(SOFTMAX + SOFTMAX_PER_PIXEL, 1.5),
+    "softmax-channels_last": Suite(SOFTMAX_PER_PIXEL, 1.5, channels_last=True),
+    "depthwise": Suite(DEPTHWISE + DEPTHWISE_1D, 3),
+    "depthwise-channels_last": Suite(DEPTHWISE, 2.8, channels_last=True),
+    "elementwise": Suite(ELEMENTWISE + LOSSES, 1),
+    "gelu_tanh": Suite(GELU_TANH, 2.5),
+    "tiny": Suite(tuple(_tiny()), floor=1 / 3),
 }
+
+# Layers as networks have them, dense convolution too.
+NETWORKS: dict[str, Suite] = {
+    name + suffix: Suite(layers, channels_last=bool(suffix))
+    for name, layers in {"resnet18": RESNET18, "mobilenet_v2": MOBILENET_V2, "unet": UNET, "lenet": LENET}.items()
+    for suffix in ("", "-channels_last")
+}
+SUITES: dict[str, Suite] = {**CLASSES, "layers": Suite(LAYERS), **NETWORKS}
 
 
 def _gpu_conv(channels: int, size: int, out: int, window: int = 3, stride: int = 1, groups: int = 1) -> Layer:

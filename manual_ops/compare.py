@@ -13,7 +13,7 @@ import gc
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class Measurement:
         kept_bytes, torch_kept_bytes: alive between forward and backward.
         error: largest scaled difference between the values and gradients of both (see `manual_ops.verify`).
         pairs: how many were timed.
+        peer_speedups: by the names of `compare`'s peers, the median of the peer's time / ours.
     """
 
     layer: str
@@ -79,6 +80,7 @@ class Measurement:
     torch_kept_bytes: int
     error: float
     pairs: int
+    peer_speedups: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class Comparison:
     def slower(self) -> list[Measurement]:
         """The layers that lose against torch's, the worst first."""
         return sorted((row for row in self.measurements if row.speedup < 1), key=lambda row: row.speedup)
+
+    @property
+    def mean_speedup(self) -> float:
+        """The geometric mean of the layers' speedups."""
+        return statistics.geometric_mean(row.speedup for row in self.measurements)
 
     @property
     def hungrier(self) -> list[Measurement]:
@@ -166,6 +173,7 @@ def compare(
     backend: str | None = None,
     seconds_per_layer: float = 2.0,
     operations: Mapping[str, Operation] = OPERATIONS,
+    peers: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]] | None = None,
     on_row: Callable[[Measurement], None] = lambda row: None,
 ) -> Comparison:
     """Measure layers.
@@ -178,6 +186,7 @@ def compare(
         backend: "native" or "python"; by default this thread's.
         seconds_per_layer: time to spend on one layer, beyond the pairs that a median needs at least.
         operations: the registry.
+        peers: further contestants by name, each made from torch's function; `torch.compile` is one.
         on_row: called with every measurement as soon as it is there.
 
     Returns:
@@ -193,7 +202,7 @@ def compare(
     try:
         for layer in layers:
             with modes.backend(backend):  # type: ignore[arg-type]
-                rows.append(_measure(layer, operations[layer.op], dtype, channels_last, seconds_per_layer))
+                rows.append(_measure(layer, operations[layer.op], dtype, channels_last, seconds_per_layer, peers or {}))
             on_row(rows[-1])
     finally:
         torch.set_num_threads(threads_before)
@@ -298,29 +307,37 @@ def arguments(
 
 
 def _measure(
-    layer: Layer, operation: Operation, dtype: torch.dtype, channels_last: bool, seconds: float
+    layer: Layer,
+    operation: Operation,
+    dtype: torch.dtype,
+    channels_last: bool,
+    seconds: float,
+    peers: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]],
 ) -> Measurement:
     args, kwargs = arguments(layer, operation, dtype, channels_last)
     ours, error_ours = _pass(operation.function, args, kwargs)
     theirs, error_theirs = _pass(operation.reference, args, kwargs)
     error = max(scaled_error(mine, exact) for mine, exact in zip(error_ours(), error_theirs(), strict=True))
 
-    pairs = _timed_pairs(ours, theirs, seconds)
-    ratios = [torch_time / our_time for our_time, torch_time in pairs]
-    low, speedup, high = statistics.quantiles(ratios, n=4)
+    others = [_pass(make(operation.reference), args, kwargs)[0] for make in peers.values()]
+    rounds = _timed_rounds([ours, theirs, *others], seconds)
+    low, speedup, high = statistics.quantiles([times[1] / times[0] for times in rounds], n=4)
     return Measurement(
         layer=layer.name,
         op=layer.op,
         family=operation.family,
         input=layer.input,
-        milliseconds=1e3 * statistics.median(pair[0] for pair in pairs),
-        torch_milliseconds=1e3 * statistics.median(pair[1] for pair in pairs),
+        milliseconds=1e3 * statistics.median(times[0] for times in rounds),
+        torch_milliseconds=1e3 * statistics.median(times[1] for times in rounds),
         speedup=speedup,
         speedup_range=(low, high),
         kept_bytes=kept_bytes(operation.function, args, kwargs),
         torch_kept_bytes=kept_bytes(operation.reference, args, kwargs),
         error=error,
-        pairs=len(pairs),
+        pairs=len(rounds),
+        peer_speedups={
+            name: statistics.median(times[place] / times[0] for times in rounds) for place, name in enumerate(peers, 2)
+        },
     )
 
 
@@ -350,25 +367,21 @@ def _pass(
     return timed, results
 
 
-def _timed_pairs(ours: Callable[[], None], theirs: Callable[[], None], seconds: float) -> list[tuple[float, float]]:
-    """(our time, torch's time) in seconds, at least 7 pairs, at most as many as fit into `seconds` (or 1000)."""
+def _timed_rounds(contestants: Sequence[Callable[[], None]], seconds: float) -> list[tuple[float, ...]]:
+    """Seconds of each contestant, in rounds that run back and forth through them: at least 7, and at most as many as
+    fit into `seconds` (or 1000)."""
     for _ in range(3):
-        ours()
-        theirs()
+        for contestant in contestants:
+            contestant()
     # A single call of a tiny layer is too short for the clock: time as many as take 1 ms.
-    estimate = _time(ours, 1)
+    estimate = _time(contestants[0], 1)
     calls = max(1, min(200, int(1e-3 / max(estimate, 1e-9))))
-    pairs: list[tuple[float, float]] = []
+    rounds: list[tuple[float, ...]] = []
     end = time.perf_counter() + seconds
-    while len(pairs) < 7 or (time.perf_counter() < end and len(pairs) < 1000):
-        if len(pairs) % 2:
-            torch_time = _time(theirs, calls)
-            our_time = _time(ours, calls)
-        else:
-            our_time = _time(ours, calls)
-            torch_time = _time(theirs, calls)
-        pairs.append((our_time, torch_time))
-    return pairs
+    while len(rounds) < 7 or (time.perf_counter() < end and len(rounds) < 1000):
+        step = -1 if len(rounds) % 2 else 1
+        rounds.append(tuple([_time(contestant, calls) for contestant in contestants[::step]][::step]))
+    return rounds
 
 
 def _time(function: Callable[[], None], calls: int) -> float:
