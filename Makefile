@@ -81,6 +81,8 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN) benchmarks/run.py
+	$(RUN) benchmarks/networks.py
+	$(RUN) benchmarks/networks.py --channels-last
 
 build-gpu: $(GPU_READY)
 	$(RUN) benchmarks/gpu.py --build

@@ -1,238 +1,98 @@
-"""Well-known networks, of torch.nn's layers alone. A smaller `width` makes a toy of each."""
+"""Training steps of whole networks: their time, the bytes kept for the backward, and the process's peak memory.
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+    python benchmarks/networks.py [resnet50 vgg16 ...] [--batch 4] [--image 224] [--channels-last]
 
+Writes results/cpu/networks.json and .png (networks-channels_last with that option).
+"""
 
-def _conv_norm(channels: int, out: int, window: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    return [nn.Conv2d(channels, out, window, stride, window // 2, groups=groups, bias=False), nn.BatchNorm2d(out)]
+import dataclasses
+import datetime
+import json
+import os
+from typing import Annotated, Any
 
+import matplotlib
+import typer
+from rich.console import Console
+from rich.table import Table
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut; the stride is the 3x3's."""
+from manual_ops.environment import environment
+from manual_ops.networks import NETWORKS
+from manual_ops.steps import VARIANTS, Setting, compare_steps
+from run import RESULTS, commit
 
-    def __init__(self, channels: int, hidden: int, stride: int):
-        super().__init__()
-        out = 4 * hidden
-        self.conv1, self.bn1 = _conv_norm(channels, hidden, 1)
-        self.conv2, self.bn2 = _conv_norm(hidden, hidden, 3, stride)
-        self.conv3, self.bn3 = _conv_norm(hidden, out, 1)
-        self.relu = nn.ReLU(inplace=True)
-        same = stride == 1 and channels == out
-        self.downsample = None if same else nn.Sequential(*_conv_norm(channels, out, 1, stride))
+matplotlib.use("agg")
+from matplotlib import pyplot
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-class ResNet50(nn.Module):
-    """He et al., https://arxiv.org/abs/1512.03385, with the stride in the 3x3 convolutions."""
-
-    def __init__(self, classes: int = 1000, width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)):
-        super().__init__()
-        self.stem = nn.Sequential(*_conv_norm(3, width, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
-        channels, layers = width, []
-        for stage, count in enumerate(blocks):
-            for block in range(count):
-                layers.append(Bottleneck(channels, width << stage, 2 if stage and not block else 1))
-                channels = 4 * (width << stage)
-        self.layers = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.layers(self.stem(x))).flatten(1))
+# What at most, of torch's bytes, lean mode is to keep.
+TARGETS = {"resnet50": 0.6, "mobilenet_v2": 0.45, "densenet121": 0.5, "vgg16": 0.75, "efficientnet_b0": 0.6}
 
 
-class InvertedResidual(nn.Module):
-    def __init__(self, channels: int, out: int, stride: int, expansion: int):
-        super().__init__()
-        hidden = channels * expansion
-        expand = [*_conv_norm(channels, hidden, 1), nn.ReLU6(inplace=True)] if expansion > 1 else []
-        depthwise = [*_conv_norm(hidden, hidden, 3, stride, hidden), nn.ReLU6(inplace=True)]
-        self.layers = nn.Sequential(*expand, *depthwise, *_conv_norm(hidden, out, 1))
-        self.shortcut = stride == 1 and channels == out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.shortcut else self.layers(x)
-
-
-class MobileNetV2(nn.Module):
-    """Sandler et al., https://arxiv.org/abs/1801.04381; without its dropout, so that two models can be compared."""
-
-    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-
-    def __init__(self, classes: int = 1000, width: int = 32):
-        super().__init__()
-        layers: list[nn.Module] = [*_conv_norm(3, width, 3, 2), nn.ReLU6(inplace=True)]
-        channels = width
-        for expansion, out, count, stride in self.STAGES:
-            out = out * width // 32
-            for block in range(count):
-                layers.append(InvertedResidual(channels, out, 1 if block else stride, expansion))
-                channels = out
-        layers += [*_conv_norm(channels, 40 * width, 1), nn.ReLU6(inplace=True)]
-        self.layers = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(40 * width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.layers(x)).flatten(1))
+def main(
+    networks: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(NETWORKS)}; all by default")] = None,
+    batch: Annotated[int, typer.Option(help="images")] = 4,
+    image: Annotated[int, typer.Option(help="side of an image, in pixels")] = 224,
+    rounds: Annotated[int, typer.Option(help="training steps of each variant that are timed")] = 5,
+    threads: Annotated[int, typer.Option(help="that torch may use")] = 1,
+    channels_last: Annotated[bool, typer.Option("--channels-last")] = False,
+) -> None:
+    """Measure, print and write; networks that the file has already stay in it."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if threads == 1:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    path = RESULTS / f"networks{'-channels_last' * channels_last}.json"
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"targets": TARGETS, "networks": {}}
+    for name in networks or NETWORKS:
+        setting = Setting(name, batch, image, threads=threads, channels_last=channels_last)
+        steps = compare_steps(setting, rounds=rounds)
+        document["networks"][name] = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "environment": dataclasses.asdict(environment()),
+            "setting": {**dataclasses.asdict(setting), "dtype": "float32"},
+            "rounds": rounds,
+            "steps": {step.variant: dataclasses.asdict(step) for step in steps},
+        }
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        _print(name, document["networks"][name]["steps"])
+    plot(document["networks"], path.with_suffix(".png"))
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of an image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
-
-
-class ConvNeXtBlock(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.expand, self.act = nn.Linear(channels, 4 * channels), nn.GELU()
-        self.reduce = nn.Linear(4 * channels, channels)
-        self.scale = nn.Parameter(torch.full((channels,), 1e-6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        return x + (self.scale * self.reduce(self.act(self.expand(out)))).permute(0, 3, 1, 2)
+def _print(name: str, steps: dict[str, Any]) -> None:
+    table = Table("", "step, ms", "torch / this", "kept, MB", "peak, MB", title=name, title_justify="left")
+    for variant, step in steps.items():
+        peak = "" if step["peak_bytes"] is None else f"{step['peak_bytes'] / 1e6:.0f}"
+        table.add_row(
+            variant, f"{step['milliseconds']:.0f}", f"{step['speedup']:.2f}", f"{step['kept_bytes'] / 1e6:.1f}", peak
+        )
+    console = Console(width=100)
+    console.print(table)
+    kept = {variant: step["kept_bytes"] / steps["torch"]["kept_bytes"] for variant, step in steps.items()}
+    lean = min(kept["lean"], kept["fused and lean"])
+    aim = f", aimed at {TARGETS[name]}" if name in TARGETS else ""
+    slower = steps["lean"]["milliseconds"] / steps["manual_ops"]["milliseconds"]
+    console.print(
+        f"kept over torch's: {kept['manual_ops']:.2f}, lean {lean:.2f}{aim}; a lean step takes {slower:.2f}\n"
+    )
 
 
-class ConvNeXtTiny(nn.Module):
-    """Liu et al., https://arxiv.org/abs/2201.03545; without stochastic depth, so that two models can be compared."""
-
-    def __init__(self, classes: int = 1000, width: int = 96, blocks: tuple[int, ...] = (3, 3, 9, 3)):
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, 4), ChannelNorm(width, eps=1e-6)]
-        for stage, count in enumerate(blocks):
-            channels = width << stage
-            if stage:
-                layers += [ChannelNorm(channels // 2, eps=1e-6), nn.Conv2d(channels // 2, channels, 2, 2)]
-            layers += [ConvNeXtBlock(channels) for _ in range(count)]
-        self.layers = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.norm, self.head = nn.LayerNorm(channels, eps=1e-6), nn.Linear(channels, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.pool(self.layers(x)).flatten(1)))
-
-
-class VGG16(nn.Sequential):
-    """Simonyan and Zisserman, https://arxiv.org/abs/1409.1556, with batch norm; one linear layer in place of three."""
-
-    STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-
-    def __init__(self, classes: int = 1000, width: int = 64):
-        layers: list[nn.Module] = []
-        channels = 3
-        for out, count in self.STAGES:
-            out = out * width // 64
-            for _ in range(count):
-                layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-                channels = out
-            layers.append(nn.MaxPool2d(2))
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+def plot(networks: dict[str, Any], path: Any) -> None:
+    """Of each variant the time of a step, and what it keeps, against torch's."""
+    figure, (speed, memory) = pyplot.subplots(2, 1, figsize=(10, 7), layout="constrained", sharex=True)
+    shown = [name for name in VARIANTS if name != "torch"]
+    for place, variant in enumerate(shown):
+        at = [index + (place - 1.5) * 0.2 for index in range(len(networks))]
+        steps = [told["steps"] for told in networks.values()]
+        speed.bar(at, [step[variant]["speedup"] for step in steps], 0.2, label=variant)
+        memory.bar(at, [step[variant]["kept_bytes"] / step["torch"]["kept_bytes"] for step in steps], 0.2)
+    for axes, label in ((speed, "torch's time / ours, a training step"), (memory, "bytes kept for backward / torch's")):
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_ylabel(label)
+    memory.set_xticks(range(len(networks)), list(networks))
+    speed.legend(ncols=4, fontsize="small")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
-class DenseLayer(nn.Module):
-    """Batch norm, ReLU and convolution twice; what it adds to the features, all of which it reads."""
-
-    def __init__(self, channels: int, growth: int):
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, 4 * growth, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        x = self.conv1(self.relu(self.norm1(torch.cat(features, 1))))
-        return self.conv2(self.relu(self.norm2(x)))
-
-
-class DenseBlock(nn.ModuleList):
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for layer in self:
-            features.append(layer(features))
-        return torch.cat(features, 1)
-
-
-class DenseNet121(nn.Sequential):
-    """Huang et al., https://arxiv.org/abs/1608.06993."""
-
-    def __init__(self, classes: int = 1000, width: int = 64, blocks: tuple[int, ...] = (6, 12, 24, 16)):
-        growth = width // 2
-        layers: list[nn.Module] = [*_conv_norm(3, width, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
-        channels = width
-        for stage, count in enumerate(blocks):
-            if stage:
-                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-                layers += [nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
-                channels //= 2
-            layers.append(DenseBlock(DenseLayer(channels + growth * layer, growth) for layer in range(count)))
-            channels += growth * count
-        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        super().__init__(*layers, nn.Linear(channels, classes))
-
-
-class SqueezeExcitation(nn.Module):
-    def __init__(self, channels: int, squeezed: int):
-        super().__init__()
-        self.reduce, self.expand = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
-        self.pool, self.act, self.gate = nn.AdaptiveAvgPool2d(1), nn.SiLU(inplace=True), nn.Sigmoid()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.expand(self.act(self.reduce(self.pool(x)))))
-
-
-class MBConv(nn.Module):
-    def __init__(self, channels: int, out: int, window: int, stride: int, expansion: int):
-        super().__init__()
-        hidden = channels * expansion
-        expand = [*_conv_norm(channels, hidden, 1), nn.SiLU(inplace=True)] if expansion > 1 else []
-        depthwise = [*_conv_norm(hidden, hidden, window, stride, hidden), nn.SiLU(inplace=True)]
-        squeeze = SqueezeExcitation(hidden, max(1, channels // 4))
-        self.layers = nn.Sequential(*expand, *depthwise, squeeze, *_conv_norm(hidden, out, 1))
-        self.shortcut = stride == 1 and channels == out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.shortcut else self.layers(x)
-
-
-class EfficientNetB0(nn.Sequential):
-    """Tan and Le, https://arxiv.org/abs/1905.11946; without dropout and stochastic depth."""
-
-    # Expansion, channels, layers, stride, window.
-    STAGES = (
-        (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3),
-        (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3),
-    )  # fmt: skip
-
-    def __init__(self, classes: int = 1000, width: int = 32):
-        layers: list[nn.Module] = [*_conv_norm(3, width, 3, 2), nn.SiLU(inplace=True)]
-        channels = width
-        for expansion, out, count, stride, window in self.STAGES:
-            out = out * width // 32
-            for block in range(count):
-                layers.append(MBConv(channels, out, window, 1 if block else stride, expansion))
-                channels = out
-        layers += [*_conv_norm(channels, 40 * width, 1), nn.SiLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        super().__init__(*layers, nn.Linear(40 * width, classes))
-
-
-NETWORKS = {"ResNet-50": ResNet50, "MobileNetV2": MobileNetV2, "ConvNeXt-tiny": ConvNeXtTiny}
-# Those of convolutions and batch norm, whose activations are most of what training keeps.
-CONVOLUTIONAL = {
-    "ResNet-50": ResNet50,
-    "MobileNetV2": MobileNetV2,
-    "DenseNet-121": DenseNet121,
-    "VGG-16": VGG16,
-    "EfficientNet-B0": EfficientNetB0,
-}
+if __name__ == "__main__":
+    typer.run(main)

@@ -92,7 +92,7 @@ def _measure(name: str, setting: str, seconds: float, compiled: bool, file: str)
     )
     run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "compiler_flags": os.environ.get("MANUAL_OPS_CXXFLAGS", ""),
         "allocator": {"name": allocator, **ALLOCATORS[allocator]},
         "environment": dataclasses.asdict(environment()),
@@ -167,7 +167,7 @@ def summary() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _commit() -> str:
+def commit() -> str:
     told = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude", "*"],
         cwd=Path(__file__).parent,

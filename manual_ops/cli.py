@@ -22,7 +22,9 @@ from manual_ops import kernel, modes
 from manual_ops import train as training
 from manual_ops import verify as verifying
 from manual_ops.environment import available_backends, environment
+from manual_ops.networks import NETWORKS
 from manual_ops.registry import OPERATIONS
+from manual_ops.steps import Setting, compare_steps
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
@@ -276,14 +278,31 @@ def compare(
         bool, typer.Option("--quick", help="Only the short table of layers, with less time for each.")
     ] = False,
     backend: Annotated[str, typer.Option(help="native or python; by default native where it is built.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"Measure a training step of this network: {', '.join(NETWORKS)}, or package.module:function."
+        ),
+    ] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 8,
+    image: Annotated[int, typer.Option(min=1, help="Side of a training step's images, in pixels.")] = 224,
     json_file: JsonOption = None,
 ) -> None:
     """Time forward + backward of typical layers, and count the bytes kept in between, against torch's own.
 
     One layer of your own:  manual-ops compare --op max_pool2d --input 32,64,112,112 --kernel-size 3 --stride 2
 
+    A whole training step:  manual-ops compare --model resnet18 --batch 8
+
     Options that a weight's shape follows from: out_channels and kernel_size (convolutions), out_features (linear).
     """
+    if model:
+        if op or input or quick or context.args:
+            mistake("--model measures a whole network: it goes without --op, --input, --quick and a layer's options")
+        with modes.backend(chosen_backends([backend] if backend else [])[0]):  # type: ignore[arg-type]
+            return compare_model(
+                Setting(model, batch, image, DTYPES[one_of("dtype", dtype, DTYPES)], threads, channels_last), json_file
+            )
     layers = chosen_layers(op, input, context.args, quick)
     settings = {
         "dtype": DTYPES[one_of("dtype", dtype, DTYPES)],
@@ -301,6 +320,36 @@ def compare(
     print_comparison(result)
     write_json(json_file, comparison=result)
     finish(comparison_problems(result))
+
+
+def compare_model(setting: Setting, json_file: Path | None) -> None:
+    with progress() as bar:
+        task = bar.add_task(f"compare {setting.network}", total=None)
+        try:
+            steps = compare_steps(
+                setting, on_variant=lambda name: bar.update(task, description=f"compare {setting.network}, {name}")
+            )
+        except ValueError as error:
+            mistake(str(error))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("a training step with", ratio=1)
+    for heading in ("ms", "speedup", "MB kept", "peak MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step in steps:
+        table.add_row(
+            step.variant,
+            f"{step.milliseconds:.1f}",
+            f"[{'green' if step.speedup >= 1 else 'red'}]{step.speedup:.2f}x",
+            f"{step.kept_bytes / 1e6:.1f}",
+            "unknown" if step.peak_bytes is None else f"{step.peak_bytes / 1e6:.0f}",
+        )
+    console.print(table)
+    name = str(setting.dtype).removeprefix("torch.")
+    layout = ", channels_last" * setting.channels_last
+    console.print(f"{setting.batch} images of {setting.image}x{setting.image}, {name}{layout}")
+    write_json(json_file, setting={**dataclasses.asdict(setting), "dtype": name}, steps=steps)
+    limit = comparing.LARGEST_ERROR[setting.dtype]
+    finish([f"{step.variant}: loss differs by {step.loss_error:.1e}" for step in steps if not step.loss_error <= limit])
 
 
 def chosen_layers(op: str, shape: str, words: list[str], quick: bool) -> list[comparing.Layer]:

@@ -163,7 +163,7 @@ def check_pool_input(op: str, axes: int, input: torch.Tensor) -> None:
     first = 1 if op.startswith("adaptive") else -axes - 1
     if op in ("adaptive_avg_pool1d", "adaptive_avg_pool2d"):
         first = -axes
-    if any(size == 0 for size in input.shape[first:]):
+    if 0 in input.shape[first:]:
         raise RuntimeError(
             f"{op}: input must have no empty dimension but the batch, got the shape {tuple(input.shape)}"
         )
@@ -190,7 +190,7 @@ def pool_window(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        if any(value < least for value in values):
+        if min(values) < least:
             raise RuntimeError(f"{op}: {name} must be at least {least}, got {values}")
     if any(pad > size // 2 for pad, size in zip(padding, kernel_size, strict=True)):
         raise RuntimeError(f"{op}: padding must be at most half of kernel_size={kernel_size}, got {padding}")
@@ -213,7 +213,7 @@ def pool_output_size(op: str, input_size: Sequence[int], window: Window, ceil_mo
         if ceil_mode and (count - 1) * step >= size + pad:
             count -= 1
         output_size.append(count)
-    if any(size < 1 for size in output_size):
+    if min(output_size) < 1:
         raise RuntimeError(
             f"{op}: the window (kernel_size={kernel_size}, dilation={dilation}) is larger than the padded input "
             f"(size={list(input_size)}, padding={padding})"
@@ -252,7 +252,7 @@ def adaptive_output_size(op: str, axes: int, input: torch.Tensor, output_size: A
     sizes = per_axis(op, "output_size", output_size, axes)
     if listed and len(output_size) != axes:
         raise RuntimeError(f"{op}: output_size must be an int or a sequence of {axes} ints, got {output_size!r}")
-    if any(size < 0 for size in sizes):
+    if min(sizes) < 0:
         raise RuntimeError(f"{op}: output_size must be at least 0, got {output_size!r}")
     return sizes
 

@@ -87,6 +87,15 @@ def test_compare_measures_a_layer_of_the_users_own(options, tmp_path):
     assert "slower than torch:" in result.stdout
 
 
+def test_compare_measures_a_training_step_of_a_network(tmp_path):
+    path = tmp_path / "compare.json"
+    result = run("compare", "--model", "resnet18", "--batch", 2, "--image", 32, "--json", path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = {step["variant"]: step for step in json.loads(path.read_text())["steps"]}
+    assert steps["lean"]["kept_bytes"] < steps["torch"]["kept_bytes"]
+    assert "fused and lean" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -110,6 +119,9 @@ def test_compare_measures_a_layer_of_the_users_own(options, tmp_path):
         (["compare", "--op", "batch_norm", "--input", "4"], ["batch_norm", "at least 2 sizes"]),
         (["compare", "--op", "conv2d", "--input", "2,4,8,8", "groups=3"], ["conv2d", "groups"]),
         (["compare", "--op", "relu", "--input", "2,4", "--stride"], ["--stride has no value"]),
+        (["compare", "--model", "resnet19"], ["no network 'resnet19'", "resnet18"]),
+        (["compare", "--model", "resnet18", "--op", "relu"], ["--model", "--op"]),
+        (["compare", "--model", "resnet18", "--batch", "1", "--image", "32"], ["more than 1 value per channel"]),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(args, words, capsys):

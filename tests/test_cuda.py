@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 import manual_ops
 from manual_ops import functional, modes
+from manual_ops.networks import NETWORKS
 from manual_ops.registry import OPERATIONS
 from models import MobileNet
-from networks import ResNet50
 from support import TOLERANCE, assert_same, moved
 
 if not torch.cuda.is_available():
@@ -286,7 +286,7 @@ def _trained(model, steps, images, labels, autocast=None, loss_of=F.cross_entrop
 
 def _resnet50(dtype, memory_format=torch.contiguous_format):
     torch.manual_seed(0)
-    model = ResNet50(classes=10).to(CUDA, dtype, memory_format=memory_format)
+    model = NETWORKS["resnet50"](classes=10).to(CUDA, dtype, memory_format=memory_format)
     images = torch.randn(16, 3, 64, 64, device=CUDA).to(dtype).contiguous(memory_format=memory_format)
     return model, images, torch.arange(16, device=CUDA) % 10
 
