@@ -1,11 +1,12 @@
 # make setup    an environment in .venv, with everything that the other targets need
 # make demo     verify, train, compare; writes report/index.html
 # make test     the tests, but for the slow ones; `make test-all` runs those too
+# make test-isa        the tests of the C++ kernels on each smaller instruction set
 # make test-emulation  the CUDA kernels, run on the CPU
 # make cuda     manual_ops._C_cuda, wherever there is nvcc: with a torch without CUDA it is built and cannot be used
 # make cuda-report     registers, shared memory and spills of each CUDA kernel; writes benchmarks/results/
 # make lint     ruff, clang-format, mypy
-# make bench    the full benchmarks; writes benchmarks/results/
+# make bench    the full benchmarks; writes benchmarks/results/cpu/
 # make test-gpu        builds for this machine's GPU and runs the tests on it; FLAGS go to pytest
 # make sanitize-gpu    the kernels' tests under compute-sanitizer
 # make bench-gpu       builds, tests, measures on this machine's GPU in under 9 minutes; OUT=folder gets a copy
@@ -37,7 +38,7 @@ GPU_READY := $(if $(VENV),$(READY))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-all test-emulation cuda cuda-report lint bench \
+.PHONY: setup demo test test-all test-isa test-emulation cuda cuda-report lint bench \
 	build-gpu test-gpu sanitize-gpu bench-gpu clean
 
 setup: $(READY)
@@ -62,6 +63,14 @@ test: $(READY)
 test-all: $(READY)
 	$(RUN) -m pytest -n auto --ignore=tests/cuda_emulation
 	$(RUN) -m pytest tests/cuda_emulation
+
+# The files that run native kernels for what they compute, rather than for the features around them.
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,activation average_pool batch_norm convolution cross_entropy \
+	determinism kernel kernel_calls linear loss max_pool softmax))
+
+test-isa: $(READY)
+	MANUAL_OPS_ISA=avx2 $(RUN) -m pytest -n auto -m "not slow" $(KERNEL_TESTS)
+	MANUAL_OPS_ISA=plain $(RUN) -m pytest -n auto -m "not slow" $(KERNEL_TESTS)
 
 test-emulation: $(READY)
 	$(RUN) -m pytest tests/cuda_emulation

@@ -32,16 +32,19 @@ LONGEST_CHAIN = 12
 
 
 class Recipe:
-    """How a tensor is made again: function(*sources).
+    """How a tensor is made again: function(*sources), or in_place(source) where the source was made for it alone.
 
     Attributes:
         length: the longest chain of recipes from here down, this one included.
     """
 
-    __slots__ = ("_function", "_made", "_sources", "_times_left", "_users", "_versions", "length")
+    __slots__ = ("_function", "_in_place", "_made", "_sources", "_times_left", "_users", "_versions", "length")
 
-    def __init__(self, function: Callable[..., Tensor], sources: list[Any]):
+    def __init__(
+        self, function: Callable[..., Tensor], sources: list[Any], in_place: Callable[[Tensor], Tensor] | None = None
+    ):
         self._function = function
+        self._in_place = in_place
         self._sources = sources
         self._versions = [source._version if isinstance(source, Tensor) else None for source in sources]
         self._users = self._times_left = 0
@@ -69,7 +72,10 @@ class Recipe:
                     f"was changed in place after the forward: version {source._version} instead of {version}"
                 )
         with torch.no_grad():
-            made = self._function(*(s.make() if isinstance(s, Recipe) else s for s in self._sources))
+            sources = [source.make() if isinstance(source, Recipe) else source for source in self._sources]
+            alone = isinstance(self._sources[0], Recipe) and not self._sources[0]._users
+            function = self._function if self._in_place is None or not alone else self._in_place
+            made = function(*sources)
         if self._users:
             self._made, self._times_left = made, self._users
         return made
@@ -99,19 +105,26 @@ def copy_recipe(copy: Tensor, tensor: Tensor) -> None:
         copy._manual_ops_recipe = recipe, copy._version  # type: ignore[attr-defined]
 
 
-def made(output: Tensor, function: Callable[..., Tensor], *sources: Any, shared: bool = False) -> None:
+def made(
+    output: Tensor,
+    function: Callable[..., Tensor],
+    *sources: Any,
+    in_place: Callable[[Tensor], Tensor] | None = None,
+    shared: bool = False,
+) -> None:
     """Note that `output` is function(*sources), unless to keep the sources takes more memory than to keep `output`.
 
     Args:
         output: a tensor that lean mode need not keep.
         function: from tensors to the tensor, in the bits of the forward; called without autograd.
         sources: tensors, recipes and Nones.
+        in_place: what gives the same over the memory of the only source.
         shared: whether the sources are likely to have other recipes that keep them, as the parts of a concatenation.
     """
     price = sum(source.nbytes for source in sources if isinstance(source, Tensor) and not _is_kept(source))
     if price > output.nbytes or (price == output.nbytes and not shared):
         return
-    recipe = Recipe(function, [_ingredient(source) for source in sources])
+    recipe = Recipe(function, [_ingredient(source) for source in sources], in_place)
     if recipe.length > LONGEST_CHAIN:
         return
     for source in sources:

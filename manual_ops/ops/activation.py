@@ -354,7 +354,8 @@ def _noted(output: Tensor, source: Any, name: str, slope: float | None, backend:
     """The output, for lean mode with the recipe that makes it of its source, a tensor or a recipe."""
     again = functools.partial(_again, name=name, slope=slope, backend=backend)
     if _saves_output(name, slope):
-        recipes.made(output, again, source)
+        over = functools.partial(_again_in_place, name=name, slope=slope, backend=backend)
+        recipes.made(output, again, source, in_place=over if name in FORWARD_IN_PLACE else None)
         recipes.keep(output, 0, output)
     else:
         recipes.keep(output, 0, source)
@@ -364,6 +365,11 @@ def _noted(output: Tensor, source: Any, name: str, slope: float | None, backend:
 
 def _again(input: Tensor, *, name: str, slope: float | None, backend: str) -> Tensor:
     return FORWARD[name](input, *_options(slope), backend=backend)
+
+
+def _again_in_place(input: Tensor, *, name: str, slope: float | None, backend: str) -> Tensor:
+    FORWARD_IN_PLACE[name](input, *_options(slope), backend=backend)
+    return input
 
 
 def _check_writable(op: str, input: Tensor) -> None:
