@@ -18,7 +18,7 @@ transforms of torch.func, and in torch.compile, which decides itself what to rec
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from manual_ops import modes
 from manual_ops.autograd import transforms_active
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Sums of residual blocks refer to the block before: so many recipes, each made from the next, and then a kept tensor.
 LONGEST_CHAIN = 12
@@ -203,6 +205,20 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)
         note(output, *operands, **kwargs)
         return output
+
+
+def unrecorded(function: Function) -> Function:
+    """An operation of ours, which notes its recipes itself: inside it the recorder, which is asked at every attribute
+    of a tensor, would cost more than the operation."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not modes.is_lean() or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 class _Operand:

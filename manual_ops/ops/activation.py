@@ -318,6 +318,7 @@ class ActivateInPlace(ManualFunction):
         return Activate.backward(ctx, grad_output)
 
 
+@recipes.unrecorded
 def _activation(op: str, name: str, input: Tensor, slope: float | None = None, inplace: bool = False) -> Tensor:
     geometry.check_tensor(op, "input", input)
     backend: str = modes.current_backend()

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_ops import autocast, geometry, modes
+from manual_ops import autocast, geometry, modes, recipes
 from manual_ops.autograd import ManualFunction
 from manual_ops.kernel import fold, kernel, unfold
 
@@ -165,6 +165,7 @@ def _as_image(op, input, output_size, options):
     return output.squeeze(2)
 
 
+@recipes.unrecorded
 def _avg_pool(op, axes, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override=None):
     geometry.check_tensor(op, "input", input)
     geometry.check_bool(op, "ceil_mode", ceil_mode)
@@ -231,6 +232,7 @@ def avg_pool3d(
     )
 
 
+@recipes.unrecorded
 def _adaptive_avg_pool(op, axes, input, output_size):
     geometry.check_tensor(op, "input", input)
     sizes = geometry.adaptive_output_size(op, axes, input, output_size)

@@ -698,6 +698,7 @@ def _update_running(input, running_mean, running_var, mean, var, momentum, backe
         batch_norm_update(running_mean, running_var, mean, var, _count(input), momentum, backend=backend)
 
 
+@recipes.unrecorded
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-05):
     """Batch normalisation: `torch.nn.functional.batch_norm`.
 
@@ -737,6 +738,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
     return output
 
 
+@recipes.unrecorded
 def batch_norm_relu(
     input,
     running_mean,

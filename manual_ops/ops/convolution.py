@@ -337,6 +337,7 @@ def _check_window(op: str, stride: Any, padding: Any, dilation: Any, groups: Any
         raise RuntimeError(f"{op}: groups must be at least 1, got {groups}")
 
 
+@recipes.unrecorded
 def _convolution(op, axes, input, weight, bias, stride, padding, dilation, groups):
     input, weight, bias = autocast.cast(op, input, weight, bias)
     _check_ranks(op, axes, input, weight, bias)
@@ -423,6 +424,7 @@ def conv3d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     return _convolution("conv3d", 3, input, weight, bias, stride, padding, dilation, groups)
 
 
+@recipes.unrecorded
 def _conv_transpose(op, axes, input, weight, bias, stride, padding, output_padding, groups, dilation):
     input, weight, bias = autocast.cast(op, input, weight, bias)
     _check_ranks(op, axes, input, weight, bias)

@@ -125,6 +125,7 @@ def _check(input: Any, weight: Any, bias: Any) -> None:
         )
 
 
+@recipes.unrecorded
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x w^T + bias: `torch.nn.functional.linear`.
 

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manual_ops import autocast, geometry, modes
+from manual_ops import autocast, geometry, modes, recipes
 from manual_ops.autograd import ManualFunction
 from manual_ops.kernel import fold, kernel, unfold
 
@@ -282,6 +282,7 @@ def _pool(op, axes, input, output_size, window, return_indices):
     return results if return_indices else results[0]
 
 
+@recipes.unrecorded
 def _max_pool(op, axes, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices):
     geometry.check_tensor(op, "input", input)
     geometry.check_bool(op, "ceil_mode", ceil_mode)
@@ -359,6 +360,7 @@ def max_pool3d_with_indices(
     return _max_pool(op, 3, input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
 
+@recipes.unrecorded
 def _adaptive_max_pool(op, axes, input, output_size, return_indices):
     geometry.check_tensor(op, "input", input)
     sizes = geometry.adaptive_output_size(op, axes, input, output_size)
