@@ -54,15 +54,15 @@ def main() -> None:
     if unknown:
         parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     if options.worker:
-        return _measure(options.suites[0], options.settings[0], options.seconds, options.compiled, options.worker)
+        return measure(options.suites[0], options.settings[0], options.seconds, options.compiled, options.worker)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in options.suites or SUITES:
         runs = {}
         for setting in options.settings:
             compiled = options.compiled and setting == options.settings[0]
             runs[setting] = _in_a_process(name, setting, options.seconds, compiled)
-            _tell(SUITES[name], runs[setting])
-        _write(name, runs)
+            tell(SUITES[name], runs[setting])
+        write(name, runs)
     (RESULTS / "summary.md").write_text(summary())
 
 
@@ -77,7 +77,7 @@ def _in_a_process(suite: str, setting: str, seconds: float, compiled: bool) -> d
         return run
 
 
-def _measure(name: str, setting: str, seconds: float, compiled: bool, file: str) -> None:
+def measure(name: str, setting: str, seconds: float, compiled: bool, file: str) -> None:
     suite, (threads, allocator) = SUITES[name], SETTINGS[setting]
     if threads == 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -124,13 +124,13 @@ def _print_row(suite: Suite, row: Measurement) -> None:
     )
 
 
-def _tell(suite: Suite, run: Mapping[str, Any]) -> None:
+def tell(suite: Suite, run: Mapping[str, Any]) -> None:
     aimed_at = "" if suite.target is None else f", aimed at {suite.target:g}"
     lost = ", ".join(f"{layer} ({speedup:.2f}x)" for layer, speedup in run["lost"].items())
     console.print(f"  geometric mean {run['mean_speedup']:.2f}{aimed_at}; under {suite.floor:.2g}: {lost or 'none'}")
 
 
-def _write(name: str, runs: Mapping[str, Mapping[str, Any]]) -> None:
+def write(name: str, runs: Mapping[str, Mapping[str, Any]]) -> None:
     """Runs of other settings that the file has already stay in it."""
     suite, path = SUITES[name], RESULTS / f"{name}.json"
     known = json.loads(path.read_text())["runs"] if path.exists() else {}

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from manual_ops.compare import LAYERS, Layer
 
@@ -150,13 +151,11 @@ def _norm(op: str, label: str, **options: object) -> tuple[Layer, ...]:
     return tuple(Layer(op, shape, options, label=label) for shape in IMAGES)
 
 
-BATCH_NORM = (
-    *_norm("batch_norm", "batch norm"),
-    Layer("batch_norm", (32, 64, 56, 56), {"training": False}, label="batch norm, evaluation"),
-)
+BATCH_NORM = _norm("batch_norm", "batch norm")
 BATCH_NORM_RELU = _norm("batch_norm_relu", "batch norm + ReLU")
 BATCH_NORM_ADD_RELU = _norm("batch_norm_relu", "batch norm + add + ReLU", residual=True)
-BATCH_NORM_FLAT = (
+BATCH_NORM_OTHER = (
+    Layer("batch_norm", (32, 64, 56, 56), {"training": False}, label="batch norm, evaluation"),
     Layer("batch_norm", (256, 512), label="batch norm of features"),
     Layer("batch_norm", (32, 128, 1024), label="batch norm of sequences"),
     Layer("batch_norm", (4, 32, 16, 28, 28), label="batch norm of volumes"),
@@ -258,18 +257,19 @@ def _tiny() -> Iterator[Layer]:
     yield Layer("linear", TINY, {"out_features": 8})
 
 
-# The classes that are bound by memory, each with what the geometric mean of its speedups should reach on one thread.
+# The classes that are bound by memory, most with what the geometric mean of their speedups should reach on one thread.
 CLASSES: dict[str, Suite] = {
     "pooling": Suite(_pooling("123"), 7),
     "pooling-channels_last": Suite(_pooling("23"), 2, channels_last=True),
     "pooling-bfloat16": Suite(_pooling("2"), 4, dtype="bfloat16"),
     "pooling-bfloat16-channels_last": Suite(_pooling("2"), 4, dtype="bfloat16", channels_last=True),
-    "batch_norm": Suite(BATCH_NORM + BATCH_NORM_FLAT, 2),
+    "batch_norm": Suite(BATCH_NORM, 2),
     "batch_norm_relu": Suite(BATCH_NORM_RELU, 2.8),
     "batch_norm_add_relu": Suite(BATCH_NORM_ADD_RELU, 2.5),
     "batch_norm-channels_last": Suite(BATCH_NORM, 1.3, channels_last=True),
     "batch_norm_relu-channels_last": Suite(BATCH_NORM_RELU, 1.6, channels_last=True),
     "batch_norm_add_relu-channels_last": Suite(BATCH_NORM_ADD_RELU, 1.6, channels_last=True),
+    "batch_norm-other": Suite(BATCH_NORM_OTHER),
     "cross_entropy": Suite(CROSS_ENTROPY + CROSS_ENTROPY_PER_PIXEL, 3.5),
     "cross_entropy-channels_last": Suite(CROSS_ENTROPY_PER_PIXEL, 3.5, channels_last=True),
     "softmax": Suite(SOFTMAX + SOFTMAX_PER_PIXEL, 1.5),
@@ -281,13 +281,88 @@ CLASSES: dict[str, Suite] = {
     "tiny": Suite(tuple(_tiny()), floor=1 / 3),
 }
 
-# Layers as networks have them, dense convolution too.
+
+def _dense(shape: tuple[int, ...], out: int, window: int, label: str = "", op: str = "conv2d", **options: Any) -> Layer:
+    options = {"out_channels": out, "kernel_size": window, "padding": window // 2, **options}
+    step = f" stride {options['stride']}" if options.get("stride", 1) > 1 else ""
+    return Layer(op, shape, options, label=f"{label or op} {window}{step} to {out}")
+
+
+CONV_3X3 = (
+    _dense((16, 64, 56, 56), 64, 3),
+    _dense((16, 128, 28, 28), 128, 3),
+    _dense((16, 256, 14, 14), 256, 3),
+    _dense((16, 512, 7, 7), 512, 3),
+    _dense((64, 16, 32, 32), 16, 3),
+    _dense((64, 32, 16, 16), 32, 3),
+    _dense((64, 64, 8, 8), 64, 3),
+)
+CONV_3X3_STRIDE_2 = (
+    _dense((16, 64, 56, 56), 128, 3, stride=2),
+    _dense((16, 128, 28, 28), 256, 3, stride=2),
+    _dense((16, 256, 14, 14), 512, 3, stride=2),
+)
+CONV_STEM = (_dense((16, 3, 224, 224), 64, 7, stride=2, input_grad=False),)
+CONV_1X1 = (
+    _dense((16, 64, 56, 56), 256, 1),
+    _dense((16, 256, 56, 56), 64, 1),
+    _dense((16, 512, 14, 14), 1024, 1),
+    _dense((16, 256, 56, 56), 512, 1, stride=2),
+)
+CONV_FEW_CHANNELS = (
+    _dense((64, 1, 28, 28), 16, 3),
+    _dense((64, 1, 28, 28), 6, 5),
+    _dense((64, 6, 14, 14), 16, 5),
+    _dense((32, 3, 32, 32), 32, 3),
+    _dense((32, 8, 32, 32), 16, 3),
+)
+CONV_1D_DILATED_TRANSPOSED = (
+    _dense((32, 64, 1024), 64, 3, op="conv1d"),
+    _dense((16, 64, 56, 56), 64, 3, "dilated conv2d", dilation=2, padding=2),
+    _dense((16, 64, 28, 28), 32, 4, op="conv_transpose2d", stride=2, padding=1),
+    _dense((32, 64, 512), 32, 4, op="conv_transpose1d", stride=2, padding=1),
+    _dense((4, 32, 8, 14, 14), 16, 2, op="conv_transpose3d", stride=2, padding=0),
+)
+CONV_3D = (
+    _dense((2, 16, 16, 56, 56), 32, 3, op="conv3d"),
+    _dense((2, 64, 8, 28, 28), 64, 3, op="conv3d"),
+)
+CONV_GROUPED = tuple(
+    _dense((16, channels, size, size), channels, 3, f"{groups} groups of {channels // groups}, conv2d", groups=groups)
+    for channels, size, groups in ((128, 56, 32), (256, 28, 32), (512, 14, 32), (1024, 7, 32))
+)
+DENSE = (*CONV_3X3[:4], *CONV_3X3_STRIDE_2, *CONV_1X1[:2])
+
+# Dense convolution: what the geometric means should reach, contiguous and channels_last.
+_CONVOLUTIONS = {
+    "conv3x3": (CONV_3X3, 1.9, 1.7),
+    "conv3x3_stride2": (CONV_3X3_STRIDE_2, 1.4, 1.2),
+    "conv_stem": (CONV_STEM, 1.5, 1.3),
+    "conv1x1": (CONV_1X1, 1.5, 1.1),
+    "conv_few_channels": (CONV_FEW_CHANNELS, 1.7, 1.3),
+    "conv_1d_dilated_transposed": (CONV_1D_DILATED_TRANSPOSED, 1.3, 1.15),
+    "conv3d": (CONV_3D, 1.2, 1.1),
+    "conv_grouped": (CONV_GROUPED, 3, 2),
+}
+CONVOLUTIONS: dict[str, Suite] = {
+    **{name: Suite(layers, target) for name, (layers, target, _) in _CONVOLUTIONS.items()},
+    **{
+        f"{name}-channels_last": Suite(layers, target, channels_last=True)
+        for name, (layers, _, target) in _CONVOLUTIONS.items()
+    },
+    "conv-bfloat16": Suite(DENSE, 1.2, dtype="bfloat16"),
+    "conv-bfloat16-channels_last": Suite(DENSE, 1.1, dtype="bfloat16", channels_last=True),
+    "conv-float64": Suite(DENSE, 3, dtype="float64"),
+    "conv-float64-channels_last": Suite(DENSE, 3, dtype="float64", channels_last=True),
+}
+
+# Layers as networks have them.
 NETWORKS: dict[str, Suite] = {
     name + suffix: Suite(layers, channels_last=bool(suffix))
     for name, layers in {"resnet18": RESNET18, "mobilenet_v2": MOBILENET_V2, "unet": UNET, "lenet": LENET}.items()
     for suffix in ("", "-channels_last")
 }
-SUITES: dict[str, Suite] = {**CLASSES, "layers": Suite(LAYERS), **NETWORKS}
+SUITES: dict[str, Suite] = {**CLASSES, **CONVOLUTIONS, "layers": Suite(LAYERS), **NETWORKS}
 
 
 def _gpu_conv(channels: int, size: int, out: int, window: int = 3, stride: int = 1, groups: int = 1) -> Layer:

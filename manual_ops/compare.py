@@ -248,7 +248,8 @@ def arguments(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The operation's arguments: its input, and tensors of fitting shapes for whatever else it takes.
 
-    The option `residual` or `probabilities`, if true, makes a residual or a target of probabilities.
+    The option `residual` or `probabilities`, if true, makes a residual or a target of probabilities; `input_grad`, if
+    false, an input without a gradient, as images have none.
 
     Raises:
         ValueError: for an option that the operation does not have, naming those that it has.
@@ -263,7 +264,7 @@ def arguments(
             values = values.to(memory_format=torch.channels_last if values.dim() == 4 else torch.channels_last_3d)
         return values.requires_grad_(grad)
 
-    input = normal(*layer.input)
+    input = normal(*layer.input, grad=options.pop("input_grad", True))
     tensors: dict[str, Any] = {}
     if operation.name.startswith("conv"):
         axes = int(operation.name[-2])
