@@ -63,18 +63,11 @@ class ManualFunction(torch.autograd.Function):
             return (_transformed_uncompiled if after_a_break else _transformed)(function, args)
         if torch.compiler.is_compiling():
             return cls.apply(*_distinct(args))
-        if not (torch.is_grad_enabled() and _any_requires_grad(args)):
+        if not (torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)):
             # Nothing to record and no transform to meet: under one, a kernel called directly would drop a tangent.
             return cls.forward(*args)
         # torch.autograd.Function.apply less its binding of default arguments, which costs more than a small kernel.
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    for arg in args:  # written out: it stops at the first, as a rule the input, and a generator costs more than that
-        if isinstance(arg, torch.Tensor) and arg.requires_grad:
-            return True
-    return False
 
 
 def transforms_active() -> bool:

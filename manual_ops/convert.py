@@ -45,7 +45,8 @@ def convert(
             own (`BatchNormReLU2d`, ...) have no twin in torch and stay.
         fuse: put a `BatchNormReLU` layer where a ReLU follows a batch norm, or the sum of a batch norm and a residual,
             in a `torch.nn.Sequential` or in the forward of a module that torch.fx can trace; a warning names a module
-            that it cannot. Layers that have hooks or are used in several places stay as they are. State dicts fit.
+            that it cannot. A ReLU and a max pooling behind it in a `Sequential` change places, which changes nothing
+            but the memory kept. Layers that have hooks or are used in several places stay as they are. State dicts fit.
         lean: True lets `model` run in lean mode (see `manual_ops.lean`) whenever it is called, by two hooks on it;
             False takes them away; None leaves this as it is. Going back to torch takes them away too.
 

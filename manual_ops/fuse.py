@@ -1,4 +1,5 @@
-"""Puts `BatchNormReLU` layers where a ReLU follows a batch norm, or the sum of a batch norm and a residual.
+"""Puts `BatchNormReLU` layers where a ReLU follows a batch norm, or the sum of a batch norm and a residual; and max
+pooling in front of the ReLU that it follows.
 
 In a `torch.nn.Sequential` the two are neighbours: batch norm becomes a `BatchNormReLU`, and a `FusedReLU`, which does
 nothing, takes the ReLU's place. In the forward of any other module torch.fx finds them:
@@ -7,6 +8,12 @@ nothing, takes the ReLU's place. In the forward of any other module torch.fx fin
     relu(bn(x) + residual)          -> bn_relu(x, residual)
 
 and the module gets a forward of its own, a `FusedForward`. Layers keep their names, so that state dicts fit.
+
+The largest of several numbers is the same before ReLU and after, so a ReLU and a max pooling behind it, neighbours in a
+`Sequential`, change places. The ReLU then has a fraction of the elements, and none of the large tensor is kept: of a
+convolution's output the pooling keeps one byte for each of its own outputs. The gradients are the same too: where the
+largest is not positive there is none, and where it is, the same element wins. (A window that reads padding alone, which
+takes dilation, would differ: it stays.)
 """
 
 import itertools
@@ -40,6 +47,10 @@ class FusedReLU(torch.nn.Identity):
         self.inplace = relu.inplace
 
 
+class LateReLU(nn.ReLU):
+    """A ReLU in the place of the max pooling that it was in front of."""
+
+
 def fuse(model: torch.nn.Module) -> None:
     """Fuse, in place, what can be fused in a model of manual_ops' layers; a warning names what cannot be traced."""
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
@@ -53,11 +64,16 @@ def fuse(model: torch.nn.Module) -> None:
 def unfuse(model: torch.nn.Module) -> None:
     """Take back, in place, what `fuse` did."""
     for module in model.modules():
-        for name, child in module._modules.items():
+        for name, child in list(module._modules.items()):
             if isinstance(child, FusedReLU):
                 module._modules[name] = nn.ReLU(child.inplace).train(child.training)
                 before = list(module._modules.values())[list(module._modules).index(name) - 1]
                 before.__class__ = UNFUSED[type(before)]  # type: ignore[index,assignment,union-attr]
+            elif isinstance(child, LateReLU):
+                names = list(module._modules)
+                first = names[names.index(name) - 1]
+                child.__class__ = nn.ReLU  # type: ignore[assignment]
+                module._modules[first], module._modules[name] = child, module._modules[first]
         if isinstance(module.__dict__.get("forward"), FusedForward):
             for norm in module.__dict__.pop("forward").norms():
                 norm.__class__ = UNFUSED[type(norm)]
@@ -70,11 +86,24 @@ def _fuse_sequential(module: torch.nn.Sequential, places: Counter[int]) -> None:
         if type(norm) in FUSED and isinstance(relu, torch.nn.ReLU) and _is_plain(norm, places) and not _has_hooks(relu):
             norm.__class__ = FUSED[type(norm)]
             module._modules[following] = FusedReLU(relu).train(relu.training)
+    for name, following in itertools.pairwise(names):
+        relu, pool = module._modules[name], module._modules[following]
+        if type(relu) is nn.ReLU and _is_plain(relu, places) and _commutes(pool) and _is_plain(pool, places):
+            relu.__class__ = LateReLU
+            module._modules[name], module._modules[following] = pool, relu
 
 
-def _is_plain(norm: torch.nn.Module, places: Counter[int]) -> bool:
+def _commutes(layer: torch.nn.Module | None) -> bool:
+    """Whether the layer is a max pooling that gives the same before a ReLU as behind it."""
+    if not isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) or layer.return_indices:
+        return False
+    dilation = layer.dilation
+    return dilation == 1 or (isinstance(dilation, tuple) and set(dilation) == {1})
+
+
+def _is_plain(layer: torch.nn.Module | None, places: Counter[int]) -> bool:
     """Whether nobody else sees what the layer returns."""
-    return places[id(norm)] == 1 and not _has_hooks(norm)
+    return layer is not None and places[id(layer)] == 1 and not _has_hooks(layer)
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """convert(model, fuse=True): the same model, with batch norm, residual and ReLU in one layer wherever it can be."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import manual_ops
+from manual_ops.compare import alive_bytes
 from manual_ops.fuse import FusedForward, FusedReLU
 from models import MODELS, MobileNet, ResNet
 
@@ -46,6 +48,62 @@ def test_models_train_as_before(make, count, backend):
     plain, fused = pair(make)
     assert fused_norms(fused) == count
     assert_same_training(plain, fused, torch.randn(4, 3, 16, 16, dtype=torch.float64))
+
+
+def stack(**options):
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2, **options)),
+        *(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+    )
+
+
+def kinds(model):
+    return [type(layer).__name__ for layer in model]
+
+
+def test_max_pooling_comes_before_the_relu_that_it_followed(backend):
+    plain, fused = pair(stack)
+    assert kinds(fused) == ["Conv2d", "MaxPool2d", "LateReLU"] * 2
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    x[0, 0, :4], x[0, 1, 4:8] = 0, -1
+    assert_same_training(plain, fused, x)
+    back = manual_ops.convert(fused, to="torch")
+    assert kinds(back) == ["Conv2d", "ReLU", "MaxPool2d"] * 2
+    assert all(type(layer).__module__.startswith("torch.nn") for layer in back)
+
+
+def test_ties_and_nan_are_the_same_before_a_relu_and_behind_it():
+    values = torch.tensor([torch.nan, -torch.inf, -1.0, -0.0, 0.0, 2.0, torch.inf], dtype=torch.float64)
+    windows = torch.cartesian_prod(values, values, values)[:, None, :].requires_grad_()
+    plain, fused = pair(lambda: nn.Sequential(nn.ReLU(), nn.MaxPool1d(3)))
+    outputs = plain(windows), fused(windows)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(*(torch.autograd.grad(output.sum(), windows)[0] for output in outputs), rtol=0, atol=0)
+
+
+def test_a_stack_of_convolution_relu_and_max_pooling_keeps_a_fraction():
+    torch_model = stack().float()
+    models = {"torch": torch_model, "ours": manual_ops.convert(copy.deepcopy(torch_model))}
+    models["fused"] = manual_ops.convert(copy.deepcopy(torch_model), fuse=True)
+    x = torch.randn(4, 3, 32, 32)
+    kept = {name: alive_bytes(functools.partial(model, x))[1] for name, model in models.items()}
+    assert kept["ours"] < 0.8 * kept["torch"]
+    assert kept["fused"] < 0.25 * kept["torch"]
+
+
+@pytest.mark.parametrize("options", [{"return_indices": True}, {"dilation": 2}, {"dilation": (1, 2)}])
+def test_a_relu_stays_in_front_of_a_max_pooling_that_would_differ(options):
+    model = manual_ops.convert(stack(**options), fuse=True)
+    assert kinds(model)[:3] == ["Conv2d", "ReLU", "MaxPool2d"]
+
+
+def test_a_relu_that_others_see_stays_where_it_is():
+    relu = nn.ReLU()
+    shared = manual_ops.convert(nn.Sequential(relu, nn.MaxPool2d(2), relu, nn.MaxPool2d(2)), fuse=True)
+    hooked = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert kinds(shared) == ["ReLU", "MaxPool2d"] * 2
+    assert kinds(manual_ops.convert(hooked, fuse=True)) == ["ReLU", "MaxPool2d"]
 
 
 class Written(nn.Module):
