@@ -45,6 +45,8 @@ constexpr int kWide = 4;
 constexpr int64_t kTilePixels = 512;
 // Rows are transposed in flat chunks of about this many pixels, so that short rows fill whole registers.
 constexpr int64_t kChunkPixels = 256;
+// Larger results go past the caches.
+constexpr int64_t kStreamBytes = 16 << 20;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -163,15 +165,17 @@ static inline int64_t lane_of(int64_t v, int64_t lanes) {
   return kFrom == Lanes::channels ? least(v * kLanes<A>, lanes - kLanes<A>) : 0;
 }
 
+// Few channels are loaded and stored as a whole vector too, unless that passes `end`, the end of a row: what it loads of
+// the next pixels is of no use, and what it stores over them is stored again, as pixels are stored in ascending order.
 template <class A, Lanes kFrom, class T>
-static inline vector_t<A> load(const T* p, int64_t lanes) {
-  if constexpr (kFrom == Lanes::few_channels) return load_part<A, T>(p, lanes);
+static inline vector_t<A> load(const T* p, int64_t lanes, const T* end) {
+  if (kFrom == Lanes::few_channels && end - p < kLanes<A>) return load_part<A, T>(p, lanes);
   return load_vector<A, T>(p);
 }
 
 template <class A, Lanes kTo, class T>
-static inline void store(T* p, vector_t<A> vector, int64_t lanes) {
-  if constexpr (kTo == Lanes::few_channels) return store_part<A, T>(p, vector, lanes);
+static inline void store(T* p, vector_t<A> vector, int64_t lanes, const T* end) {
+  if (kTo == Lanes::few_channels && end - p < kLanes<A>) return store_part<A, T>(p, vector, lanes);
   store_vector<A, T>(p, vector);
 }
 
@@ -281,7 +285,6 @@ static void to_lanes(const T* planes, int64_t pitch, int64_t count, int64_t pixe
     for (int64_t lane = 0; lane < L; ++lane) {
       __builtin_memcpy(&rows[lane], starts[lane] + pixel, sizeof(rows[lane]));
       pin(rows[lane]);
-      __builtin_prefetch(starts[lane] + pixel + pixels);  // the next chunk
     }
     transpose_from<L / 2, L>(rows);
 #pragma GCC unroll 16
@@ -401,7 +404,7 @@ struct LaneRows {
         columns(columns),
         rows(columns < width || g.channels_last ? 1 : least(most(1, kChunkPixels / most(1, width)), most(1, height))),
         chunks((height + rows - 1) / rows),
-        slots((live + rows - 1) / rows + 1),
+        slots(live > 1 ? (live + rows - 2) / rows + 1 : 1),
         lanes(depths * slots * rows * columns * kLanes<A> * (g.channels_last ? kWide : 1)),
         keys(depths * slots) {}
 
@@ -428,10 +431,10 @@ struct LaneRows {
         if constexpr (kFrom == Lanes::planes) {
           to_lanes(source + position, pixels, lane_count, count, kept);
         } else {
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t v = 0; v < vectors; ++v)
-              store_vector<A>(kept + (i * vectors + v) * L,
-                              load<A, kFrom>(source + (position + i) * channels + lane_of<A, kFrom>(v, lane_count), lane_count));
+          const T *p = source + position * channels, *end = p + count * channels;
+          for (A* to = kept; p < end; p += channels)
+            for (int64_t v = 0; v < vectors; ++v, to += L)
+              store_vector<A>(to, load<A, kFrom>(p + lane_of<A, kFrom>(v, lane_count), lane_count, end));
         }
       });
     }
@@ -486,13 +489,14 @@ static void reduce_row(const S* row, int64_t pixel_pitch, const AxisView& w, int
                        int64_t vectors, int64_t lanes, A* values, code_t<A>* winners) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kFrom == Lanes::planes ? L : pixel_pitch, V = kFrom == Lanes::channels ? vectors : 1;
+  const S* end = row + w.input * pitch;
   const int64_t step = w.step * pitch, next_row = w.input * pitch, fresh = least(w.inner_stride, w.taps);
   const auto reduce = [&]<int kTaps>(int64_t o, const S* p, int64_t count, int64_t tap) __attribute__((always_inline)) {
     for (int64_t v = 0; v < V; ++v) {
       const S* q = p + lane_of<A, kFrom>(v, lanes);
       vector_t<A> value = vector_t<A>{} + (kMax ? -A(__builtin_inf()) : A(0));
       codes_t<A> winner = codes_t<A>{} + static_cast<code_t<A>>(tap), code = winner;
-      if (kTaps || count) value = load<A, kFrom>(q, lanes);
+      if (kTaps || count) value = load<A, kFrom>(q, lanes, end);
       if constexpr (kFrom != Lanes::planes) __builtin_prefetch(q + next_row);
 #pragma GCC unroll 4
       for (int64_t k = 1; k < (kTaps ? kTaps : count); ++k) {
@@ -500,7 +504,7 @@ static void reduce_row(const S* row, int64_t pixel_pitch, const AxisView& w, int
         code += 1;
         if constexpr (kFrom != Lanes::planes)
           if (k < fresh) __builtin_prefetch(q + next_row);
-        const vector_t<A> x = load<A, kFrom>(q, lanes);
+        const vector_t<A> x = load<A, kFrom>(q, lanes, end);
         if constexpr (kMax)
           take<A>(value, winner, x, code);
         else
@@ -534,31 +538,33 @@ static void reduce_row(const S* row, int64_t pixel_pitch, const AxisView& w, int
 
 // Reduce `rows` reduced rows along D and H, into pixels `pitch` apart.
 template <bool kMax, class A, Lanes kTo, class T, class U>
-static void reduce_rows(const A* const* values, const code_t<A>* const* winners, const int64_t* bases, int64_t rows,
+static void reduce_rows(const A* const* values, const code_t<A>* const* winners, const code_t<A>* bases, int64_t rows,
                         int64_t columns, int64_t vectors, int64_t lanes, const A* divisors, T* output, U* winner,
                         int64_t pixel_pitch) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
+  const T* end = output + columns * pitch;
+  const U* winner_end = winner + columns * pitch;
   const auto reduce = [&]<int kRows>() {
     for (int64_t o = 0; o < columns; ++o) {
       for (int64_t v = 0; v < V; ++v) {
         const int64_t at = (o * V + v) * L, to = o * pitch + lane_of<A, kTo>(v, lanes);
         vector_t<A> best = load_vector<A>(values[0] + at);
         codes_t<A> code{};
-        if constexpr (kMax) code = load_vector<code_t<A>>(winners[0] + at) + static_cast<code_t<A>>(bases[0]);
+        if constexpr (kMax) code = load_vector<code_t<A>>(winners[0] + at) + bases[0];
 #pragma GCC unroll 4
         for (int64_t r = 1; r < (kRows ? kRows : rows); ++r) {
           const vector_t<A> value = load_vector<A>(values[r] + at);
           if constexpr (kMax)
-            take<A>(best, code, value, load_vector<code_t<A>>(winners[r] + at) + static_cast<code_t<A>>(bases[r]));
+            take<A>(best, code, value, load_vector<code_t<A>>(winners[r] + at) + bases[r]);
           else
             best += value;
         }
         if constexpr (kMax)
-          store<code_t<A>, kTo>(winner + to, code, lanes);
+          store<code_t<A>, kTo>(winner + to, code, lanes, winner_end);
         else
           best /= vector_t<A>{} + divisors[o];
-        store<A, kTo>(output + to, best, lanes);
+        store<A, kTo>(output + to, best, lanes, end);
       }
     }
   };
@@ -632,14 +638,15 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
     tile_inputs = most(tile_inputs, range.end - range.begin);
   }
 
-  const bool lanes_made = !g.channels_last, streams = false;
+  const bool lanes_made = !g.channels_last, streams = g.batch * g.channels * g.output_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   LaneRows<A, T> source(g, h.input, w.input, g.input_pixels(), lanes_made ? tile_inputs : 0, d.taps, 1);
   LaneWriter<A, T> values_out(g.output_pixels(), lanes_made ? tile : 1, streams);
-  LaneWriter<code_t<A>, U> winners_out(g.output_pixels(), lanes_made && kMax ? tile : 1, streams);
+  LaneWriter<code_t<A>, U> winners_out(g.output_pixels(), lanes_made && kMax ? tile : 1, false);
   const int64_t slots = d.taps * h.reach, slot_size = tile * L * (g.channels_last ? kWide : 1);
   Buffer<A> ring(slots * slot_size);
   Buffer<code_t<A>> ring_winners(kMax ? slots * slot_size : 1);
-  Buffer<int64_t> keys(slots), bases(d.taps * h.taps);
+  Buffer<int64_t> keys(slots);
+  Buffer<code_t<A>> bases(d.taps * h.taps);
   Buffer<const A*> row_values(d.taps * h.taps);
   Buffer<const code_t<A>*> row_winners(d.taps * h.taps);
   Buffer<A> nothing(slot_size);
@@ -674,7 +681,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
         code_t<A>* winners = kMax ? ring_winners.data + slot * slot_size : nullptr;
         row_values.data[used] = values;
         row_winners.data[used] = winners;
-        bases.data[used] = ((d.tap[od] + i) * h.taps + h.tap[oh] + j) * w.taps;
+        bases.data[used] = static_cast<code_t<A>>(((d.tap[od] + i) * h.taps + h.tap[oh] + j) * w.taps);
         if (keys.data[slot] == key) continue;
         keys.data[slot] = key;
         for_lanes(block.from, [&]<Lanes kFrom>() {
@@ -697,7 +704,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
       }
       row_values.data[0] = nothing.data;
       row_winners.data[0] = nothing_winners.data;
-      bases.data[0] = (d.tap[od] * h.taps + h.tap[oh]) * w.taps;
+      bases.data[0] = static_cast<code_t<A>>((d.tap[od] * h.taps + h.tap[oh]) * w.taps);
       used = 1;
     }
     const A* divisor = kMax ? nullptr : divisors.of(0, d.divisor[od] * h.divisor[oh], first, columns);
@@ -716,6 +723,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
   }
   values_out.flush();
   winners_out.flush();
+  end_streams();
 }
 
 // Backward, columns first .. last-1 of a row of the input's gradient. Where whole windows lie, kStride inputs at a time
@@ -750,18 +758,26 @@ static inline void for_windows(const AxisView& w, const Body& body) {
 // One row of the gradient of max pooling's input, columns first .. last-1: over the rows and columns of the windows
 // that cover an input, the gradients of those it won.
 template <class A, Lanes kTo, class T>
-static void collect_winners(const A* const* grads, const code_t<A>* const* winners, const int64_t* bases, int64_t rows,
+static void collect_winners(const A* const* grads, const code_t<A>* const* winners, const code_t<A>* bases, int64_t rows,
                             const AxisView& w, int64_t first, int64_t last, int64_t vectors, int64_t lanes,
-                            T* grad_input, int64_t pixel_pitch) {
+                            T* grad_input, int64_t pixel_pitch, bool streams) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
-  const auto add = [&](vector_t<A>& sum, vector_t<A> grad, codes_t<A> winner, int64_t code) {
-    sum += winner == codes_t<A>{} + static_cast<code_t<A>>(code) ? grad : vector_t<A>{};
+  const T* end = grad_input + (last - first) * pitch;
+  const auto put = [&](int64_t i, int64_t v, vector_t<A> sum) {
+    T* to = grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes);
+    if constexpr (kTo == Lanes::channels && std::is_same_v<A, T>)
+      if (streams) return stream(to, sum);
+    store<A, kTo>(to, sum, lanes, end);
   };
+  const auto add = [&](vector_t<A>& sum, vector_t<A> grad, codes_t<A> winner, int64_t tap) {
+    sum += winner == codes_t<A>{} + static_cast<code_t<A>>(tap) ? grad : vector_t<A>{};
+  };
+  // The gradients of a row, and by which of its taps along W they were won.
   const auto read = [&](int64_t r, int64_t at, vector_t<A>& grad, codes_t<A>& winner) {
     grad = load_vector<A>(grads[r] + at);
     pin(grad);  // or the load becomes a masked one that waits for the comparison
-    winner = load_vector<code_t<A>>(winners[r] + at);
+    winner = load_vector<code_t<A>>(winners[r] + at) - bases[r];
   };
   const auto single = [&](int64_t i) {
     for (int64_t v = 0; v < V; ++v) {
@@ -770,10 +786,10 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = w.cover[i]; j < w.cover[i + 1]; ++j) {
           read(r, (w.cover_output[j] * V + v) * L, grad, winner);
-          add(sum, grad, winner, bases[r] + w.cover_tap[j]);
+          add(sum, grad, winner, w.cover_tap[j]);
         }
       }
-      store<A, kTo>(grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes), sum, lanes);
+      put(i, v, sum);
     }
   };
   for_windows(w, [&]<int kTaps, int kStride>() {
@@ -790,12 +806,11 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
               read(r, ((o - before) * V + v) * L, grad, winner);
 #pragma GCC unroll 4
               for (int k = 0; k < kStride; ++k)
-                if (k + before * kStride < kTaps) add(sums[k], grad, winner, bases[r] + k + before * kStride);
+                if (k + before * kStride < kTaps) add(sums[k], grad, winner, k + before * kStride);
             }
           }
 #pragma GCC unroll 4
-          for (int k = 0; k < kStride; ++k)
-            store<A, kTo>(grad_input + (i - first + k) * pitch + lane_of<A, kTo>(v, lanes), sums[k], lanes);
+          for (int k = 0; k < kStride; ++k) put(i + k, v, sums[k]);
         }
       };
       for_inputs<kTaps, kStride>(w, first, last, cell, single);
@@ -807,7 +822,7 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
 template <class A, Lanes kTo, class T>
 static void collect_shares(const A* const* grads, const A* const* scales, int64_t rows, const AxisView& w,
                            int64_t first_output, int64_t last_output, int64_t first, int64_t last, int64_t vectors,
-                           int64_t lanes, A* shares, T* grad_input, int64_t pixel_pitch) {
+                           int64_t lanes, A* shares, T* grad_input, int64_t pixel_pitch, bool streams) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
   for (int64_t o = first_output; o < last_output; ++o) {
@@ -818,12 +833,19 @@ static void collect_shares(const A* const* grads, const A* const* scales, int64_
       store_vector<A>(shares + ((o - first_output) * V + v) * L, sum);
     }
   }
+  const T* end = grad_input + (last - first) * pitch;
+  const auto put = [&](int64_t i, int64_t v, vector_t<A> sum) {
+    T* to = grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes);
+    if constexpr (kTo == Lanes::channels && std::is_same_v<A, T>)
+      if (streams) return stream(to, sum);
+    store<A, kTo>(to, sum, lanes, end);
+  };
   const auto share = [&](int64_t o, int64_t v) { return load_vector<A>(shares + ((o - first_output) * V + v) * L); };
   const auto single = [&](int64_t i) {
     for (int64_t v = 0; v < V; ++v) {
       vector_t<A> sum{};
       for (int64_t j = w.cover[i]; j < w.cover[i + 1]; ++j) sum += share(w.cover_output[j], v);
-      store<A, kTo>(grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes), sum, lanes);
+      put(i, v, sum);
     }
   };
   for_windows(w, [&]<int kTaps, int kStride>() {
@@ -841,8 +863,7 @@ static void collect_shares(const A* const* grads, const A* const* scales, int64_
               if (k + before * kStride < kTaps) sums[k] += part;
           }
 #pragma GCC unroll 4
-          for (int k = 0; k < kStride; ++k)
-            store<A, kTo>(grad_input + (i - first + k) * pitch + lane_of<A, kTo>(v, lanes), sums[k], lanes);
+          for (int k = 0; k < kStride; ++k) put(i + k, v, sums[k]);
         }
       };
       for_inputs<kTaps, kStride>(w, first, last, cell, single);
@@ -878,14 +899,15 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
     }
   }
 
-  const bool lanes_made = !g.channels_last, streams = false;
+  const bool lanes_made = !g.channels_last, large = g.batch * g.channels * g.input_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const bool streams = large && (lanes_made || (g.channels % L == 0 && reinterpret_cast<uintptr_t>(grad_input) % kVectorBytes == 0));
   const int64_t depths = d.cover_count, most_rows = d.cover_count * h.cover_count, pixels = g.output_pixels();
   LaneRows<A, T> grads(g, h.output, w.output, pixels, tile_outputs, depths, h.cover_reach);
   LaneRows<code_t<A>, U> winners(g, h.output, w.output, pixels, kMax ? tile_outputs : 0, depths, h.cover_reach);
   LaneWriter<A, T> out(g.input_pixels(), lanes_made ? tile : 1, streams);
   Buffer<const A*> row_grads(most_rows);
   Buffer<const code_t<A>*> row_winners(most_rows);
-  Buffer<int64_t> bases(most_rows);
+  Buffer<code_t<A>> bases(most_rows);
   Buffer<const A*> row_scales(most_rows);
   Divisors<A> scales(g, true, most_rows, kMax ? 0 : tile_outputs);
   Buffer<A> shares(kMax ? 1 : tile_outputs * L * (g.channels_last ? kWide : 1));
@@ -913,7 +935,7 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
           row_grads.data[used] = grads.row(index, od, oh, outputs);
           if constexpr (kMax) {
             row_winners.data[used] = winners.row(index, od, oh, outputs);
-            bases.data[used] = (d.cover_tap[i] * h.taps + h.cover_tap[j]) * w.taps;
+            bases.data[used] = static_cast<code_t<A>>((d.cover_tap[i] * h.taps + h.cover_tap[j]) * w.taps);
           } else {
             row_scales.data[used] = scales.of(used, d.divisor[od] * h.divisor[oh], first_output, outputs);
           }
@@ -925,10 +947,10 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
       const auto collect = [&](auto* to) {
         if constexpr (kMax)
           collect_winners<A, kTo>(row_grads.data, row_winners.data, bases.data, used, w, first, last, block.vectors,
-                                  block.lanes, to, g.channels);
+                                  block.lanes, to, g.channels, streams);
         else
           collect_shares<A, kTo>(row_grads.data, row_scales.data, used, w, first_output, last_output, first, last,
-                                 block.vectors, block.lanes, shares.data, to, g.channels);
+                                 block.vectors, block.lanes, shares.data, to, g.channels, streams);
       };
       if constexpr (kTo == Lanes::planes)
         collect(out.next(position, last - first));
@@ -937,6 +959,7 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
     });
   }
   out.flush();
+  end_streams();
 }
 
 // Max pooling at fixed winners, for output pixels begin .. end-1 (N, C, *O in memory order): each reads its winner.
