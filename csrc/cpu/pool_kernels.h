@@ -165,8 +165,9 @@ static inline int64_t lane_of(int64_t v, int64_t lanes) {
   return kFrom == Lanes::channels ? least(v * kLanes<A>, lanes - kLanes<A>) : 0;
 }
 
-// Few channels are loaded and stored as a whole vector too, unless that passes `end`, the end of a row: what it loads of
-// the next pixels is of no use, and what it stores over them is stored again, as pixels are stored in ascending order.
+// Few channels are loaded and stored as a whole vector too, unless that passes `end`, the end of a row: what it loads
+// of the next pixels is of no use, and what it stores over them is stored again, as pixels are stored in ascending
+// order.
 template <class A, Lanes kFrom, class T>
 static inline vector_t<A> load(const T* p, int64_t lanes, const T* end) {
   if (kFrom == Lanes::few_channels && end - p < kLanes<A>) return load_part<A, T>(p, lanes);
@@ -183,8 +184,10 @@ static inline void store(T* p, vector_t<A> vector, int64_t lanes, const T* end) 
 template <class V>
 static inline void stream(void* p, V vector) {
 #if defined(__x86_64__)
-  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(vector));
-  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(vector));
+  if constexpr (sizeof(V) == 64)
+    return _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(vector));
+  if constexpr (sizeof(V) == 32)
+    return _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(vector));
 #endif
   __builtin_memcpy(p, &vector, sizeof(vector));
 }
@@ -315,7 +318,8 @@ static void from_lanes(const A* lanes, int64_t pitch, int64_t count, int64_t pix
       rows[i] = codes_t<A>{};
 #pragma GCC unroll 8
       for (int e = 0; e < P; ++e)
-        rows[i] |= elements<A, T>(load_vector<A>(lanes + (pixel + i * P + e) * L)) << 8 * static_cast<int>(sizeof(T)) * e;
+        rows[i] |= elements<A, T>(load_vector<A>(lanes + (pixel + i * P + e) * L))
+                   << 8 * static_cast<int>(sizeof(T)) * e;
       pin(rows[i]);
     }
     transpose_from<L / 2, L>(rows);
@@ -384,8 +388,8 @@ static void count_items(const PoolGeometry& g, bool backward, int64_t* items) {
   *items = block_count<A>(g) * ((columns + tile - 1) / tile) * rows;
 }
 
-// Rows of a tensor as lanes, side by side: [column][vectors]. Chunks of whole rows are kept, `slots` of them for each of
-// a few depths.
+// Rows of a tensor as lanes, side by side: [column][vectors]. Chunks of whole rows are kept, `slots` of them for each
+// of a few depths.
 template <class A, class T>
 struct LaneRows {
   const T* source = nullptr;
@@ -452,7 +456,10 @@ struct LaneWriter {
   Buffer<A> lanes;
 
   LaneWriter(int64_t pitch, int64_t columns, bool streams)
-      : pitch(pitch), capacity(columns), streams(streams && pitch * sizeof(T) % kVectorBytes == 0), lanes(most(columns, kChunkPixels) * kLanes<A>) {
+      : pitch(pitch),
+        capacity(columns),
+        streams(streams && pitch * sizeof(T) % kVectorBytes == 0),
+        lanes(most(columns, kChunkPixels) * kLanes<A>) {
     constexpr int64_t kTile = kLanes<A> * kPacked<A, T>;
     const int64_t rows = kChunkPixels / columns, together = kTile / least(kTile, columns & -columns);
     capacity = most(1, rows < together ? rows : rows - rows % together) * columns;
@@ -478,15 +485,25 @@ struct LaneWriter {
 // The rule of max pooling: take what is larger, or NaN.
 template <class A>
 static inline void take(vector_t<A>& best, codes_t<A>& winner, vector_t<A> value, codes_t<A> code) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {  // GCC would negate the masks
+    const __m512 v = value, b = best;
+    const __mmask16 mask = _mm512_cmp_ps_mask(v, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    best = _mm512_mask_mov_ps(b, mask, v);
+    winner = reinterpret_cast<codes_t<A>>(
+        _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(winner), mask, reinterpret_cast<__m512i>(code)));
+    return;
+  }
+#endif
   const codes_t<A> better = (value > best) | (value != value);
   best = better ? value : best;
   winner = better ? code : winner;
 }
 
 // Reduce one row of the input along W: outputs first .. last-1 -> [output][vectors].
-template <bool kMax, class A, Lanes kFrom, class S>
+template <bool kMax, class A, Lanes kFrom, class S, class U>
 static void reduce_row(const S* row, int64_t pixel_pitch, const AxisView& w, int64_t first, int64_t last,
-                       int64_t vectors, int64_t lanes, A* values, code_t<A>* winners) {
+                       int64_t vectors, int64_t lanes, A* values, U* winners) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kFrom == Lanes::planes ? L : pixel_pitch, V = kFrom == Lanes::channels ? vectors : 1;
   const S* end = row + w.input * pitch;
@@ -537,8 +554,8 @@ static void reduce_row(const S* row, int64_t pixel_pitch, const AxisView& w, int
 }
 
 // Reduce `rows` reduced rows along D and H, into pixels `pitch` apart.
-template <bool kMax, class A, Lanes kTo, class T, class U>
-static void reduce_rows(const A* const* values, const code_t<A>* const* winners, const code_t<A>* bases, int64_t rows,
+template <bool kMax, class A, Lanes kTo, class R, class T, class U>
+static void reduce_rows(const A* const* values, const R* const* winners, const code_t<A>* bases, int64_t rows,
                         int64_t columns, int64_t vectors, int64_t lanes, const A* divisors, T* output, U* winner,
                         int64_t pixel_pitch) {
   constexpr int64_t L = kLanes<A>;
@@ -638,19 +655,20 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
     tile_inputs = most(tile_inputs, range.end - range.begin);
   }
 
-  const bool lanes_made = !g.channels_last, streams = g.batch * g.channels * g.output_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const bool lanes_made = !g.channels_last,
+             streams = g.batch * g.channels * g.output_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
   LaneRows<A, T> source(g, h.input, w.input, g.input_pixels(), lanes_made ? tile_inputs : 0, d.taps, 1);
   LaneWriter<A, T> values_out(g.output_pixels(), lanes_made ? tile : 1, streams);
   LaneWriter<code_t<A>, U> winners_out(g.output_pixels(), lanes_made && kMax ? tile : 1, false);
   const int64_t slots = d.taps * h.reach, slot_size = tile * L * (g.channels_last ? kWide : 1);
   Buffer<A> ring(slots * slot_size);
-  Buffer<code_t<A>> ring_winners(kMax ? slots * slot_size : 1);
+  Buffer<U> ring_winners(kMax ? slots * slot_size : 1);
   Buffer<int64_t> keys(slots);
   Buffer<code_t<A>> bases(d.taps * h.taps);
   Buffer<const A*> row_values(d.taps * h.taps);
-  Buffer<const code_t<A>*> row_winners(d.taps * h.taps);
+  Buffer<const U*> row_winners(d.taps * h.taps);
   Buffer<A> nothing(slot_size);
-  Buffer<code_t<A>> nothing_winners(slot_size);
+  Buffer<U> nothing_winners(slot_size);
   Divisors<A> divisors(g, false, 1, kMax ? 0 : tile);
 
   int64_t block_and_tile = -1, first = 0, last = 0, first_input = 0;
@@ -678,7 +696,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
         const int64_t in_d = d.first[od] + i * d.step, in_h = h.first[oh] + j * h.step;
         const int64_t slot = i * h.reach + in_h % h.reach, key = in_d * h.input + in_h;
         A* values = ring.data + slot * slot_size;
-        code_t<A>* winners = kMax ? ring_winners.data + slot * slot_size : nullptr;
+        U* winners = kMax ? ring_winners.data + slot * slot_size : nullptr;
         row_values.data[used] = values;
         row_winners.data[used] = winners;
         bases.data[used] = static_cast<code_t<A>>(((d.tap[od] + i) * h.taps + h.tap[oh] + j) * w.taps);
@@ -699,7 +717,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
       for (int64_t o = 0; o < columns; ++o) {
         for (int64_t lane = 0; lane < width; ++lane) {
           nothing.data[o * width + lane] = kMax ? -A(__builtin_inf()) : A(0);
-          nothing_winners.data[o * width + lane] = static_cast<code_t<A>>(w.tap[first + o]);
+          nothing_winners.data[o * width + lane] = static_cast<U>(w.tap[first + o]);
         }
       }
       row_values.data[0] = nothing.data;
@@ -758,9 +776,9 @@ static inline void for_windows(const AxisView& w, const Body& body) {
 // One row of the gradient of max pooling's input, columns first .. last-1: over the rows and columns of the windows
 // that cover an input, the gradients of those it won.
 template <class A, Lanes kTo, class T>
-static void collect_winners(const A* const* grads, const code_t<A>* const* winners, const code_t<A>* bases, int64_t rows,
-                            const AxisView& w, int64_t first, int64_t last, int64_t vectors, int64_t lanes,
-                            T* grad_input, int64_t pixel_pitch, bool streams) {
+static void collect_winners(const A* const* grads, const code_t<A>* const* winners, const code_t<A>* bases,
+                            int64_t rows, const AxisView& w, int64_t first, int64_t last, int64_t vectors,
+                            int64_t lanes, T* grad_input, int64_t pixel_pitch, bool streams) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
   const T* end = grad_input + (last - first) * pitch;
@@ -899,8 +917,10 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
     }
   }
 
-  const bool lanes_made = !g.channels_last, large = g.batch * g.channels * g.input_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
-  const bool streams = large && (lanes_made || (g.channels % L == 0 && reinterpret_cast<uintptr_t>(grad_input) % kVectorBytes == 0));
+  const bool lanes_made = !g.channels_last,
+             large = g.batch * g.channels * g.input_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const bool streams =
+      large && (lanes_made || (g.channels % L == 0 && reinterpret_cast<uintptr_t>(grad_input) % kVectorBytes == 0));
   const int64_t depths = d.cover_count, most_rows = d.cover_count * h.cover_count, pixels = g.output_pixels();
   LaneRows<A, T> grads(g, h.output, w.output, pixels, tile_outputs, depths, h.cover_reach);
   LaneRows<code_t<A>, U> winners(g, h.output, w.output, pixels, kMax ? tile_outputs : 0, depths, h.cover_reach);
@@ -983,6 +1003,42 @@ static void pick(const PoolGeometry& g, const T* input, const U* winner, T* outp
   }
 }
 
+// The gradient of max pooling's input where every window is whole, no input is in two of them, and windows are so large
+// that few inputs win: zeros, and each output's gradient put where its winner is. For planes begin .. end-1, or images
+// with channels_last. offsets[code] is where a tap lies from the first input of its window.
+template <class T, class U>
+static void place(const PoolGeometry& g, const T* grad_output, const U* winner, T* grad_input, const int64_t* offsets,
+                  int64_t begin, int64_t end) {
+  const AxisView &d = g.d, &h = g.h, &w = g.w;
+  const int64_t lanes = g.channels_last ? g.channels : 1, taps = d.taps * h.taps * w.taps;
+  for (int64_t outer = begin; outer < end; ++outer) {
+    T* to = grad_input + outer * g.input_pixels() * lanes;
+    __builtin_memset(static_cast<void*>(to), 0, g.input_pixels() * lanes * sizeof(T));
+    int64_t item = outer * g.output_pixels() * lanes;
+    for (int64_t od = 0; od < d.output; ++od) {
+      for (int64_t oh = 0; oh < h.output; ++oh) {
+        T* row = to + (d.first[od] * h.input + h.first[oh]) * w.input * lanes;
+        for (int64_t ow = 0; ow < w.output; ++ow) {
+          T* window = row + w.first[ow] * lanes;
+          for (int64_t lane = 0; lane < lanes; ++lane, ++item) {
+            const int64_t code = winner[item];
+            if (code >= 0 && code < taps) window[offsets[code] * lanes + lane] = grad_output[item];
+          }
+        }
+      }
+    }
+  }
+}
+
+// The sum of a vector's lanes, halves to halves.
+template <int kHalf, class V, int... kLane>
+static inline auto sum_of(V vector, std::integer_sequence<int, kLane...> lanes) {
+  if constexpr (kHalf == 0)
+    return vector[0];
+  else
+    return sum_of<kHalf / 2>(vector + __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...), lanes);
+}
+
 // Average pooling to one output: the mean of whole planes begin .. end-1, which need no transpose. A plane is summed in
 // kSums vectors side by side, so that neither latency nor rounding grows with every element.
 template <class T>
@@ -1001,10 +1057,8 @@ static void average_planes(const T* input, T* output, int64_t pixels, double div
         for (int s = 0; s < kSums; ++s) sums[s] += load_vector<A>(p + i + s * L);
       }
       for (; i + L <= stop; i += L) sums[0] += load_vector<A>(p + i);
-      const vector_t<A> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      A sum = 0;
+      A sum = sum_of<L / 2>((sums[0] + sums[1]) + (sums[2] + sums[3]), std::make_integer_sequence<int, L>());
       for (; i < stop; ++i) sum += static_cast<A>(p[i]);
-      for (int64_t lane = 0; lane < L; ++lane) sum += lanes[lane];
       total += sum;
     }
     output[plane] = static_cast<T>(total / divisor);
