@@ -22,6 +22,8 @@ struct AxisView {
   int64_t cover_reach;  // from the first to the last output that reads an input, at most
   int64_t cover_count;  // outputs that read an input, at most
   const int64_t *first, *count, *tap, *divisor, *cover, *cover_output, *cover_tap;
+  // Outputs inner_begin .. inner_end-1 have whole windows, whose first inputs lie inner_stride apart.
+  int64_t inner_begin, inner_end, inner_stride;
 };
 
 class WindowAxis {
@@ -35,6 +37,7 @@ class WindowAxis {
       // Padding counts as far as there is any: a last window of ceil_mode may reach beyond it.
       if (count_include_pad) axis.divisor_.back() = std::min(start + kernel, input + padding) - start;
     }
+    axis.find_inner(stride);
     axis.cover_inputs();
     return axis;
   }
@@ -43,6 +46,7 @@ class WindowAxis {
     const int64_t pieces = std::max<int64_t>(1, output);
     WindowAxis axis(input, output, adaptive_taps(input, output), 1);
     for (int64_t o = 0; o < output; ++o) axis.add_window(o * input / pieces, ((o + 1) * input + pieces - 1) / pieces);
+    if (input % pieces == 0) axis.find_inner(axis.taps_);
     axis.cover_inputs();
     return axis;
   }
@@ -61,7 +65,10 @@ class WindowAxis {
             divisor_.data(),
             cover_.data(),
             cover_output_.data(),
-            cover_tap_.data()};
+            cover_tap_.data(),
+            inner_begin_,
+            inner_end_,
+            inner_stride_};
   }
 
  private:
@@ -77,6 +84,13 @@ class WindowAxis {
     tap_.push_back(tap);
     divisor_.push_back(count);
     reach_ = std::max(reach_, (count - 1) * step_ + 1);
+  }
+
+  void find_inner(int64_t stride) {
+    inner_stride_ = stride;
+    while (inner_begin_ < output_ && count_[inner_begin_] < taps_) ++inner_begin_;
+    inner_end_ = inner_begin_;
+    while (inner_end_ < output_ && count_[inner_end_] == taps_) ++inner_end_;
   }
 
   void cover_inputs() {
@@ -103,6 +117,7 @@ class WindowAxis {
   }
 
   int64_t input_, output_, taps_, step_, reach_ = 1, cover_reach_ = 1, cover_count_ = 1;
+  int64_t inner_begin_ = 0, inner_end_ = 0, inner_stride_ = 1;
   std::vector<int64_t> first_, count_, tap_, divisor_, cover_, cover_output_, cover_tap_;
 };
 

@@ -2,6 +2,7 @@
 // manual_ops/ops/max_pool.py.
 #include <new>
 #include <utility>
+#include <vector>
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
@@ -22,6 +23,23 @@ namespace {
 void check_winner_of(const PoolGeometry& g, const Tensor& winner, const Tensor& like) {
   const double taps = static_cast<double>(g.d.taps) * static_cast<double>(g.h.taps) * static_cast<double>(g.w.taps);
   check_winner(winner, like, g.batch * g.channels * g.output_pixels(), taps);
+}
+
+// Whether each input is in one window at most, all of them whole, with so many taps that few inputs win.
+bool few_winners(const PoolGeometry& g) {
+  for (const AxisView* axis : {&g.d, &g.h, &g.w})
+    if (axis->cover_count > 1 || axis->inner_begin > 0 || axis->inner_end < axis->output) return false;
+  return g.d.taps * g.h.taps * g.w.taps >= 12;
+}
+
+// Where the taps of a window lie, from its first input.
+std::vector<int64_t> tap_offsets(const PoolGeometry& g) {
+  std::vector<int64_t> offsets;
+  for (int64_t d = 0; d < g.d.taps; ++d)
+    for (int64_t h = 0; h < g.h.taps; ++h)
+      for (int64_t w = 0; w < g.w.taps; ++w)
+        offsets.push_back((d * g.d.step * g.h.input + h * g.h.step) * g.w.input + w * g.w.step);
+  return offsets;
 }
 
 std::tuple<Tensor, Tensor> max_pool_forward(const Tensor& input_any, Sizes output_size, Sizes kernel_size, Sizes stride,
@@ -62,6 +80,15 @@ Tensor max_pool_scatter(const Tensor& grad_any, const Tensor& winner_any, Sizes 
     using T = decltype(scalar);
     for_winner_dtype(winner.scalar_type(), [&](auto code) {
       using U = decltype(code);
+      if (few_winners(g)) {
+        const std::vector<int64_t> offsets = tap_offsets(g);
+        const int64_t outer = channels_last ? g.batch : g.batch * g.channels;
+        parallel_for(outer, grad_input.numel() / std::max<int64_t>(1, outer), [&](int64_t begin, int64_t end) {
+          MANUAL_OPS_FOR_ISA(
+              place(g, data<T>(grad_output), data<U>(winner), mutable_data<T>(grad_input), offsets.data(), begin, end));
+        });
+        return;
+      }
       int64_t items = 0;
       if (grad_input.numel() > 0) MANUAL_OPS_FOR_ISA(count_items<accumulate_t<T>>(g, true, &items));
       parallel_for(items, grad_input.numel() / std::max<int64_t>(1, items), [&](int64_t begin, int64_t end) {

@@ -23,11 +23,11 @@ struct VectorOf<double> {
   typedef int64_t code_vector __attribute__((vector_size(kVectorBytes)));
 };
 template <>
-struct VectorOf<int32_t> {
+struct VectorOf<int32_t> : VectorOf<float> {
   typedef int32_t type __attribute__((vector_size(kVectorBytes)));
 };
 template <>
-struct VectorOf<int64_t> {
+struct VectorOf<int64_t> : VectorOf<double> {
   typedef int64_t type __attribute__((vector_size(kVectorBytes)));
 };
 template <class A>
@@ -35,7 +35,7 @@ using vector_t = typename VectorOf<A>::type;
 template <class A>
 using code_t = typename VectorOf<A>::code;  // a tap's number, as wide as a lane of A
 template <class A>
-using codes_t = typename VectorOf<A>::code_vector;
+using codes_t = typename VectorOf<A>::code_vector;  // and a vector of such integers
 template <class A>
 constexpr int64_t kLanes = kVectorBytes / sizeof(A);
 
@@ -45,6 +45,8 @@ constexpr int kWide = 4;
 constexpr int64_t kTilePixels = 512;
 // Rows are transposed in flat chunks of about this many pixels, so that short rows fill whole registers.
 constexpr int64_t kChunkPixels = 256;
+// Larger results go past the caches.
+constexpr int64_t kStreamBytes = 16 << 20;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -72,14 +74,12 @@ static inline vector_t<A> load_vector(const T* p) {
     return reinterpret_cast<Vector>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   if constexpr (k256 && std::is_same_v<T, uint8_t>)
     return reinterpret_cast<Vector>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  if constexpr (k512 && std::is_same_v<T, BFloat16>) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return reinterpret_cast<Vector>(_mm512_slli_epi32(wide, 16));
-  }
-  if constexpr (k256 && std::is_same_v<T, BFloat16>) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return reinterpret_cast<Vector>(_mm256_slli_epi32(wide, 16));
-  }
+  if constexpr (k512 && std::is_same_v<T, uint16_t>)
+    return reinterpret_cast<Vector>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  if constexpr (k256 && std::is_same_v<T, uint16_t>)
+    return reinterpret_cast<Vector>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  if constexpr ((k512 || k256) && std::is_same_v<T, BFloat16>)
+    return reinterpret_cast<Vector>(load_vector<int32_t>(reinterpret_cast<const uint16_t*>(p)) << 16);
   if constexpr (k512 && std::is_same_v<T, Half>)
     return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
   if constexpr (k256 && std::is_same_v<T, Half>)
@@ -109,11 +109,12 @@ static inline void store_vector(T* p, vector_t<A> vector) {
     return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(vector)));
   if constexpr (k256 && std::is_same_v<T, uint8_t>)
     return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pack_16(vector), pack_16(vector)));
-  if constexpr (k512 && std::is_same_v<T, BFloat16>)
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                               _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded_bfloat16(vector))));
-  if constexpr (k256 && std::is_same_v<T, BFloat16>)
-    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), pack_16(rounded_bfloat16(vector)));
+  if constexpr (k512 && std::is_same_v<T, uint16_t>)
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(vector)));
+  if constexpr (k256 && std::is_same_v<T, uint16_t>)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), pack_16(vector));
+  if constexpr ((k512 || k256) && std::is_same_v<T, BFloat16>)
+    return store_vector<int32_t>(reinterpret_cast<uint16_t*>(p), rounded_bfloat16(vector));
   if constexpr (k512 && std::is_same_v<T, Half>)
     return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                                _mm512_cvtps_ph(reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT));
@@ -126,27 +127,75 @@ static inline void store_vector(T* p, vector_t<A> vector) {
   for (int lane = 0; lane < kLanes<A>; ++lane) p[lane] = static_cast<T>(values[lane]);
 }
 
-// The same for a full vector, or, with kVectors = 0, for its first `lanes` lanes.
-template <class A, int kVectors, class T>
-static inline vector_t<A> load(const T* p, int64_t lanes) {
-  if constexpr (kVectors > 0) {
-    return load_vector<A, T>(p);
-  } else {
-    A values[kLanes<A>] = {};
-    for (int64_t lane = 0; lane < lanes; ++lane) values[lane] = static_cast<A>(p[lane]);
-    return load_vector<A, A>(values);
-  }
+// The same for the first `lanes` lanes of a vector, fewer than it has.
+template <class A, class T>
+static inline vector_t<A> load_part(const T* p, int64_t lanes) {
+  T values[kLanes<A>] = {};
+#if defined(__AVX512BW__)
+  const __mmask64 bytes = (uint64_t{1} << lanes * sizeof(T)) - 1;
+  const __m512i loaded = _mm512_maskz_loadu_epi8(bytes, p);
+  __builtin_memcpy(values, &loaded, sizeof(values));
+#else
+  for (int64_t lane = 0; lane < lanes; ++lane) values[lane] = p[lane];
+#endif
+  return load_vector<A, T>(values);
 }
 
-template <class A, int kVectors, class T>
-static inline void store(T* p, vector_t<A> vector, int64_t lanes) {
-  if constexpr (kVectors > 0) {
-    store_vector<A, T>(p, vector);
-  } else {
-    A values[kLanes<A>];
-    store_vector<A, A>(values, vector);
-    for (int64_t lane = 0; lane < lanes; ++lane) p[lane] = static_cast<T>(values[lane]);
-  }
+template <class A, class T>
+static inline void store_part(T* p, vector_t<A> vector, int64_t lanes) {
+  T values[kLanes<A>];
+  store_vector<A, T>(values, vector);
+#if defined(__AVX512BW__)
+  const __mmask64 bytes = (uint64_t{1} << lanes * sizeof(T)) - 1;
+  __m512i stored{};
+  __builtin_memcpy(&stored, values, sizeof(values));
+  _mm512_mask_storeu_epi8(p, bytes, stored);
+#else
+  for (int64_t lane = 0; lane < lanes; ++lane) p[lane] = values[lane];
+#endif
+}
+
+// Where lanes come from, and go to: planes, that have been brought side by side, one vector a pixel; channels, several
+// vectors of them, of which the last overlaps the one before it where it would be short; or channels that do not fill
+// one vector.
+enum class Lanes { planes, channels, few_channels };
+
+template <class A, Lanes kFrom>
+static inline int64_t lane_of(int64_t v, int64_t lanes) {
+  return kFrom == Lanes::channels ? least(v * kLanes<A>, lanes - kLanes<A>) : 0;
+}
+
+// Few channels are loaded and stored as a whole vector too, unless that passes `end`, the end of a row: what it loads
+// of the next pixels is of no use, and what it stores over them is stored again, as pixels are stored in ascending
+// order.
+template <class A, Lanes kFrom, class T>
+static inline vector_t<A> load(const T* p, int64_t lanes, const T* end) {
+  if (kFrom == Lanes::few_channels && end - p < kLanes<A>) return load_part<A, T>(p, lanes);
+  return load_vector<A, T>(p);
+}
+
+template <class A, Lanes kTo, class T>
+static inline void store(T* p, vector_t<A> vector, int64_t lanes, const T* end) {
+  if (kTo == Lanes::few_channels && end - p < kLanes<A>) return store_part<A, T>(p, vector, lanes);
+  store_vector<A, T>(p, vector);
+}
+
+// Past the caches: for whole aligned vectors of a large result, which nobody reads soon. Ends with end_streams().
+template <class V>
+static inline void stream(void* p, V vector) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 64)
+    return _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(vector));
+  if constexpr (sizeof(V) == 32)
+    return _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(vector));
+#endif
+  __builtin_memcpy(p, &vector, sizeof(vector));
+}
+
+static inline void end_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 template <class T>
@@ -175,71 +224,138 @@ static inline void pin(V& vector) {
 #endif
 }
 
-template <int kBlock, class A>
-static inline void transpose_from(vector_t<A>* rows) {
+template <int kBlock, int L, class V>
+static inline void transpose_from(V* rows) {
   if constexpr (kBlock > 0) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes<A>; ++i)
-      if (!(i & kBlock)) exchange<kBlock>(rows[i], rows[i + kBlock], std::make_integer_sequence<int, kLanes<A>>());
-    transpose_from<kBlock / 2, A>(rows);
+    for (int i = 0; i < L; ++i)
+      if (!(i & kBlock)) exchange<kBlock>(rows[i], rows[i + kBlock], std::make_integer_sequence<int, L>());
+    transpose_from<kBlock / 2, L>(rows);
   }
 }
 
-// planes x pixels, planes `pitch` apart -> lanes[pixel][kLanes]. The last tile overlaps the one before it.
+// Transposes move words as wide as A's lanes, each of kPacked neighbouring elements of T, so that they take whole
+// vectors of T at a time; element e of every word is then converted at once.
+template <class A, class T>
+constexpr int kPacked = sizeof(A) / sizeof(T);
+
+template <class A, class T>
+static inline vector_t<A> unpack(codes_t<A> words, int e) {
+  constexpr int kBits = 8 * sizeof(T);
+  if constexpr (std::is_same_v<A, T>) {
+    return reinterpret_cast<vector_t<A>>(words);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return reinterpret_cast<vector_t<A>>(words >> kBits * e << kBits);
+  } else {
+    const codes_t<A> element = (words >> kBits * e) & static_cast<code_t<A>>((int64_t{1} << kBits) - 1);
+    if constexpr (!std::is_same_v<T, Half>) return reinterpret_cast<vector_t<A>>(element);
+    uint16_t halves[kLanes<A>];
+    store_vector<int32_t>(halves, reinterpret_cast<vector_t<int32_t>>(element));
+    return load_vector<A>(reinterpret_cast<const T*>(halves));
+  }
+}
+
+// The bits of T(vector), in words.
+template <class A, class T>
+static inline codes_t<A> elements(vector_t<A> vector) {
+  if constexpr (std::is_same_v<T, BFloat16>) return rounded_bfloat16(vector);
+  if constexpr (!std::is_same_v<T, Half>) return reinterpret_cast<codes_t<A>>(vector);
+  uint16_t halves[kLanes<A>];
+  store_vector<A>(reinterpret_cast<T*>(halves), vector);
+  return reinterpret_cast<codes_t<A>>(load_vector<int32_t>(halves));
+}
+
+// planes x pixels, planes `pitch` apart -> lanes[pixel][kLanes]. The last tile overlaps the one before it; lanes beyond
+// the `count` of planes repeat the last plane.
 template <class A, class T>
 static void to_lanes(const T* planes, int64_t pitch, int64_t count, int64_t pixels, A* lanes) {
-  constexpr int64_t L = kLanes<A>;
-  if (count < L || pixels < L) {
-    for (int64_t pixel = 0; pixel < pixels; ++pixel)
-      for (int64_t lane = 0; lane < L; ++lane)
-        lanes[pixel * L + lane] = lane < count ? static_cast<A>(planes[lane * pitch + pixel]) : A(0);
+  constexpr int64_t L = kLanes<A>, P = kPacked<A, T>, kTile = L * P;
+  if (pixels < kTile) {
+    T short_planes[L * kTile] = {};
+    A tile[kTile * L];
+    for (int64_t lane = 0; lane < count; ++lane)
+      __builtin_memcpy(short_planes + lane * kTile, planes + lane * pitch, pixels * sizeof(T));
+    to_lanes<A, T>(short_planes, kTile, L, kTile, tile);
+    __builtin_memcpy(lanes, tile, pixels * L * sizeof(A));
     return;
   }
-  for (int64_t tile = 0; tile < pixels; tile += L) {
-    const int64_t pixel = least(tile, pixels - L);
-    vector_t<A> rows[L];
+  const T* starts[L];
+  for (int64_t lane = 0; lane < L; ++lane) starts[lane] = planes + least(lane, count - 1) * pitch;
+  for (int64_t tile = 0; tile < pixels; tile += kTile) {
+    const int64_t pixel = least(tile, pixels - kTile);
+    codes_t<A> rows[L];
 #pragma GCC unroll 16
-    for (int64_t lane = 0; lane < L; ++lane) pin(rows[lane] = load<A, 1>(planes + lane * pitch + pixel, L));
-    transpose_from<L / 2, A>(rows);
+    for (int64_t lane = 0; lane < L; ++lane) {
+      __builtin_memcpy(&rows[lane], starts[lane] + pixel, sizeof(rows[lane]));
+      pin(rows[lane]);
+    }
+    transpose_from<L / 2, L>(rows);
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < L; ++i) store<A, 1>(lanes + (pixel + i) * L, rows[i], L);
+    for (int64_t i = 0; i < L; ++i) {
+#pragma GCC unroll 8
+      for (int e = 0; e < P; ++e) store_vector<A>(lanes + (pixel + i * P + e) * L, unpack<A, T>(rows[i], e));
+    }
   }
 }
 
 template <class A, class T>
-static void from_lanes(const A* lanes, int64_t pitch, int64_t count, int64_t pixels, T* planes) {
-  constexpr int64_t L = kLanes<A>;
-  if (count < L || pixels < L) {
+static void from_lanes(const A* lanes, int64_t pitch, int64_t count, int64_t pixels, T* planes, bool streams) {
+  constexpr int64_t L = kLanes<A>, P = kPacked<A, T>, kTile = L * P;
+  if (pixels < kTile) {
+    A tile[kTile * L] = {};
+    T short_planes[L * kTile];
+    __builtin_memcpy(tile, lanes, pixels * L * sizeof(A));
+    from_lanes<A, T>(tile, kTile, L, kTile, short_planes, false);
     for (int64_t lane = 0; lane < count; ++lane)
-      for (int64_t pixel = 0; pixel < pixels; ++pixel)
-        planes[lane * pitch + pixel] = static_cast<T>(lanes[pixel * L + lane]);
+      __builtin_memcpy(planes + lane * pitch, short_planes + lane * kTile, pixels * sizeof(T));
     return;
   }
-  for (int64_t tile = 0; tile < pixels; tile += L) {
-    const int64_t pixel = least(tile, pixels - L);
-    vector_t<A> rows[L];
+  for (int64_t tile = 0; tile < pixels; tile += kTile) {
+    const int64_t pixel = least(tile, pixels - kTile);
+    codes_t<A> rows[L];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < L; ++i) pin(rows[i] = load<A, 1>(lanes + (pixel + i) * L, L));
-    transpose_from<L / 2, A>(rows);
+    for (int64_t i = 0; i < L; ++i) {
+      rows[i] = codes_t<A>{};
+#pragma GCC unroll 8
+      for (int e = 0; e < P; ++e)
+        rows[i] |= elements<A, T>(load_vector<A>(lanes + (pixel + i * P + e) * L))
+                   << 8 * static_cast<int>(sizeof(T)) * e;
+      pin(rows[i]);
+    }
+    transpose_from<L / 2, L>(rows);
+    T* p = planes + pixel;
+    if (count < L) {
+      for (int64_t lane = 0; lane < count; ++lane) __builtin_memcpy(p + lane * pitch, &rows[lane], sizeof(rows[lane]));
+    } else if (streams && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {
 #pragma GCC unroll 16
-    for (int64_t lane = 0; lane < L; ++lane) store<A, 1>(planes + lane * pitch + pixel, rows[lane], L);
+      for (int64_t lane = 0; lane < L; ++lane) stream(p + lane * pitch, rows[lane]);
+    } else {
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < L; ++lane) __builtin_memcpy(p + lane * pitch, &rows[lane], sizeof(rows[lane]));
+    }
   }
 }
 
-// Where a block's lanes lie: the first of them at `base`, pixels `pixel_pitch` apart (channels_last) or planes
-// `plane_pitch` apart (contiguous).
+// Where a block's lanes lie: the first of them at `base_input` and `base_output`.
 struct Block {
-  int64_t base_input, base_output;  // offsets of the first lane
-  int64_t lanes;
-  int vectors;  // kWide or 1 full vectors, or 0: fewer lanes than a vector has
+  int64_t base_input, base_output;
+  int64_t lanes, vectors;
+  Lanes from;
 };
+
+// Calls body.template operator()<from>() for the block's kind of lanes.
+template <class Body>
+static inline void for_lanes(Lanes from, const Body& body) {
+  if (from == Lanes::planes) return body.template operator()<Lanes::planes>();
+  if (from == Lanes::channels) return body.template operator()<Lanes::channels>();
+  body.template operator()<Lanes::few_channels>();
+}
 
 template <class A>
 static int64_t block_count(const PoolGeometry& g) {
   constexpr int64_t L = kLanes<A>;
   if (!g.channels_last) return (g.batch * g.channels + L - 1) / L;
-  const int64_t wide = g.channels / (kWide * L);
-  return g.batch * (wide + (g.channels - wide * kWide * L + L - 1) / L);
+  return g.batch * ((g.channels + kWide * L - 1) / (kWide * L));
 }
 
 template <class A>
@@ -247,14 +363,14 @@ static Block block_at(const PoolGeometry& g, int64_t index) {
   constexpr int64_t L = kLanes<A>;
   if (!g.channels_last) {
     const int64_t lanes = least(L, g.batch * g.channels - index * L);
-    return {index * L * g.input_pixels(), index * L * g.output_pixels(), lanes, 1};
+    return {index * L * g.input_pixels(), index * L * g.output_pixels(), lanes, 1, Lanes::planes};
   }
-  const int64_t per_image = block_count<A>(g) / g.batch, wide = g.channels / (kWide * L);
+  // Blocks of like size, of whole vectors where there are several: a narrow one would read its cache lines for little.
+  const int64_t per_image = block_count<A>(g) / g.batch, vectors = (g.channels + L - 1) / L;
   const int64_t n = index / per_image, b = index % per_image;
-  const int64_t channel = b < wide ? b * kWide * L : wide * kWide * L + (b - wide) * L;
-  const int64_t lanes = b < wide ? kWide * L : least(L, g.channels - channel);
-  return {n * g.input_pixels() * g.channels + channel, n * g.output_pixels() * g.channels + channel, lanes,
-          b < wide ? kWide : (lanes == L ? 1 : 0)};
+  const int64_t first = b * vectors / per_image * L, last = least((b + 1) * vectors / per_image * L, g.channels);
+  return {n * g.input_pixels() * g.channels + first, n * g.output_pixels() * g.channels + first, last - first,
+          (last - first + L - 1) / L, last - first < L ? Lanes::few_channels : Lanes::channels};
 }
 
 // Tiles of columns keep a row's lanes in L1; the columns are outputs in forward, inputs in backward.
@@ -272,54 +388,82 @@ static void count_items(const PoolGeometry& g, bool backward, int64_t* items) {
   *items = block_count<A>(g) * ((columns + tile - 1) / tile) * rows;
 }
 
-// Rows of a contiguous tensor as lanes. Chunks of whole rows are kept, `slots` of them for each of a few depths.
+// Rows of a tensor as lanes, side by side: [column][vectors]. Chunks of whole rows are kept, `slots` of them for each
+// of a few depths.
 template <class A, class T>
 struct LaneRows {
-  const T* planes = nullptr;
-  int64_t pitch, count = 0, height, width, start = 0, columns, rows, chunks, slots;
+  const T* source = nullptr;
+  int64_t pixels, channels, height, width, lane_count = 0, start = 0, columns, rows, chunks, slots, vectors = 1;
+  Lanes from = Lanes::planes;
   Buffer<A> lanes;
   Buffer<int64_t> keys;
 
-  // `live` rows may be in use at one time for each of `depths` depths; columns start .. start+columns-1 are read.
-  LaneRows(int64_t pitch, int64_t height, int64_t width, int64_t columns, int64_t depths, int64_t live)
-      : pitch(pitch),
+  // `live` rows may be in use at one time for each of `depths` depths; `columns` of them are read.
+  LaneRows(const PoolGeometry& g, int64_t height, int64_t width, int64_t pixels, int64_t columns, int64_t depths,
+           int64_t live)
+      : pixels(pixels),
+        channels(g.channels),
         height(height),
         width(width),
         columns(columns),
-        rows(columns < width ? 1 : least(most(1, kChunkPixels / most(1, width)), most(1, height))),
+        rows(columns < width || g.channels_last ? 1 : least(most(1, kChunkPixels / most(1, width)), most(1, height))),
         chunks((height + rows - 1) / rows),
-        slots((live + rows - 1) / rows + 1),
-        lanes(depths * slots * rows * columns * kLanes<A>),
+        slots(live > 1 ? (live + rows - 2) / rows + 1 : 1),
+        lanes(depths * slots * rows * columns * kLanes<A> * (g.channels_last ? kWide : 1)),
         keys(depths * slots) {}
 
-  void restart(const T* first_plane, int64_t plane_count, int64_t first_column, int64_t depths) {
-    planes = first_plane;
-    count = plane_count;
+  // Columns first_column .. first_column + columns - 1 at most are read.
+  void restart(const T* base, const Block& block, int64_t first_column, int64_t depths) {
+    source = base;
+    lane_count = block.lanes;
+    vectors = block.vectors;
+    from = block.from;
     start = columns < width ? first_column : 0;
     for (int64_t slot = 0; slot < depths * slots; ++slot) keys.data[slot] = -1;
   }
 
+  // Column 0 of a row, of which `used_columns` from the first one are there.
   const A* row(int64_t index, int64_t d, int64_t h, int64_t used_columns) {
+    constexpr int64_t L = kLanes<A>;
     const int64_t chunk = h / rows, slot = index * slots + chunk % slots, key = d * chunks + chunk;
-    A* kept = lanes.data + slot * rows * columns * kLanes<A>;
+    A* kept = lanes.data + slot * rows * columns * vectors * L;
     if (keys.data[slot] != key) {
       keys.data[slot] = key;
-      const int64_t pixels = columns < width ? used_columns : least(rows, height - chunk * rows) * width;
-      to_lanes(planes + (d * height + chunk * rows) * width + start, pitch, count, pixels, kept);
+      const int64_t position = (d * height + chunk * rows) * width + start;
+      const int64_t count = columns < width ? used_columns : least(rows, height - chunk * rows) * width;
+      for_lanes(from, [&]<Lanes kFrom>() {
+        if constexpr (kFrom == Lanes::planes) {
+          to_lanes(source + position, pixels, lane_count, count, kept);
+        } else {
+          const T *p = source + position * channels, *end = p + count * channels;
+          for (A* to = kept; p < end; p += channels)
+            for (int64_t v = 0; v < vectors; ++v, to += L)
+              store_vector<A>(to, load<A, kFrom>(p + lane_of<A, kFrom>(v, lane_count), lane_count, end));
+        }
+      });
     }
-    return kept + (h - chunk * rows) * columns * kLanes<A>;
+    return kept + ((h - chunk * rows) * columns - start) * vectors * L;
   }
 };
 
-// Rows of lanes on their way into a contiguous tensor: flushed in flat runs.
+// Rows of lanes on their way into a contiguous tensor: flushed in flat runs, which begin at whole vectors where rows
+// allow it.
 template <class A, class T>
 struct LaneWriter {
   T* planes = nullptr;
   int64_t pitch, count = 0, capacity, start = 0, filled = 0;
+  bool streams;
   Buffer<A> lanes;
 
-  LaneWriter(int64_t pitch, int64_t columns)
-      : pitch(pitch), capacity(most(columns, kChunkPixels)), lanes(capacity * kLanes<A>) {}
+  LaneWriter(int64_t pitch, int64_t columns, bool streams)
+      : pitch(pitch),
+        capacity(columns),
+        streams(streams && pitch * sizeof(T) % kVectorBytes == 0),
+        lanes(most(columns, kChunkPixels) * kLanes<A>) {
+    constexpr int64_t kTile = kLanes<A> * kPacked<A, T>;
+    const int64_t rows = kChunkPixels / columns, together = kTile / least(kTile, columns & -columns);
+    capacity = most(1, rows < together ? rows : rows - rows % together) * columns;
+  }
 
   void restart(T* first_plane, int64_t plane_count) {
     planes = first_plane;
@@ -333,7 +477,7 @@ struct LaneWriter {
     return lane;
   }
   void flush() {
-    if (filled) from_lanes(lanes.data, pitch, count, filled, planes + start);
+    if (filled) from_lanes(lanes.data, pitch, count, filled, planes + start, streams);
     filled = 0;
   }
 };
@@ -341,75 +485,114 @@ struct LaneWriter {
 // The rule of max pooling: take what is larger, or NaN.
 template <class A>
 static inline void take(vector_t<A>& best, codes_t<A>& winner, vector_t<A> value, codes_t<A> code) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {  // GCC would negate the masks
+    const __m512 v = value, b = best;
+    const __mmask16 mask = _mm512_cmp_ps_mask(v, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    best = _mm512_mask_mov_ps(b, mask, v);
+    winner = reinterpret_cast<codes_t<A>>(
+        _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(winner), mask, reinterpret_cast<__m512i>(code)));
+    return;
+  }
+#endif
   const codes_t<A> better = (value > best) | (value != value);
   best = better ? value : best;
   winner = better ? code : winner;
 }
 
 // Reduce one row of the input along W: outputs first .. last-1 -> [output][vectors].
-template <bool kMax, class A, int kVectors, class S>
-static void reduce_row(const S* row, int64_t pitch, const AxisView& w, int64_t first, int64_t last, int64_t lanes,
-                       A* values, code_t<A>* winners) {
-  constexpr int V = kVectors ? kVectors : 1;
+template <bool kMax, class A, Lanes kFrom, class S, class U>
+static void reduce_row(const S* row, int64_t pixel_pitch, const AxisView& w, int64_t first, int64_t last,
+                       int64_t vectors, int64_t lanes, A* values, U* winners) {
   constexpr int64_t L = kLanes<A>;
-  for (int64_t o = first; o < last; ++o) {
-    const S* p = row + w.first[o] * pitch;
-    const int64_t count = w.count[o];
-    vector_t<A> value[V];
-    codes_t<A> winner[V], code = codes_t<A>{} + static_cast<code_t<A>>(w.tap[o]);
-    if (count == 0) p = row;
+  const int64_t pitch = kFrom == Lanes::planes ? L : pixel_pitch, V = kFrom == Lanes::channels ? vectors : 1;
+  const S* end = row + w.input * pitch;
+  const int64_t step = w.step * pitch, next_row = w.input * pitch, fresh = least(w.inner_stride, w.taps);
+  const auto reduce = [&]<int kTaps>(int64_t o, const S* p, int64_t count, int64_t tap) __attribute__((always_inline)) {
+    for (int64_t v = 0; v < V; ++v) {
+      const S* q = p + lane_of<A, kFrom>(v, lanes);
+      vector_t<A> value = vector_t<A>{} + (kMax ? -A(__builtin_inf()) : A(0));
+      codes_t<A> winner = codes_t<A>{} + static_cast<code_t<A>>(tap), code = winner;
+      if (kTaps || count) value = load<A, kFrom>(q, lanes, end);
+      if constexpr (kFrom != Lanes::planes) __builtin_prefetch(q + next_row);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      value[v] = count ? load<A, kVectors>(p + v * L, lanes) : vector_t<A>{} + (kMax ? -A(__builtin_inf()) : A(0));
-      winner[v] = code;
-    }
-    for (int64_t k = 1; k < count; ++k) {
-      p += w.step * pitch;
-      code += 1;
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        const vector_t<A> x = load<A, kVectors>(p + v * L, lanes);
+      for (int64_t k = 1; k < (kTaps ? kTaps : count); ++k) {
+        q += step;
+        code += 1;
+        if constexpr (kFrom != Lanes::planes)
+          if (k < fresh) __builtin_prefetch(q + next_row);
+        const vector_t<A> x = load<A, kFrom>(q, lanes, end);
         if constexpr (kMax)
-          take<A>(value[v], winner[v], x, code);
+          take<A>(value, winner, x, code);
         else
-          value[v] += x;
+          value += x;
       }
+      const int64_t at = ((o - first) * V + v) * L;
+      store_vector<A>(values + at, value);
+      if constexpr (kMax) store_vector<code_t<A>>(winners + at, winner);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      store<A, 1>(values + ((o - first) * V + v) * L, value[v], L);
-      if constexpr (kMax) store<code_t<A>, 1>(winners + ((o - first) * V + v) * L, winner[v], L);
-    }
+  };
+  int64_t o = first;
+  const int64_t inner_end = least(last, w.inner_end);
+  const auto edge = [&](int64_t end) {
+    for (; o < end; ++o) reduce.template operator()<0>(o, row + w.first[o] * pitch, w.count[o], w.tap[o]);
+  };
+  const auto inner = [&]<int kTaps>() {
+    for (const S* p = row + w.first[o] * pitch; o < inner_end; ++o, p += w.inner_stride * pitch)
+      reduce.template operator()<kTaps>(o, p, w.taps, 0);
+  };
+  edge(least(inner_end, most(first, w.inner_begin)));
+  if (o < inner_end) {
+    if (w.taps == 2)
+      inner.template operator()<2>();
+    else if (w.taps == 3)
+      inner.template operator()<3>();
+    else
+      inner.template operator()<0>();
   }
+  edge(last);
 }
 
 // Reduce `rows` reduced rows along D and H, into pixels `pitch` apart.
-template <bool kMax, class A, int kVectors, class T, class U>
-static void reduce_rows(const A* const* values, const code_t<A>* const* winners, const int64_t* bases, int64_t rows,
-                        int64_t columns, int64_t lanes, const A* divisors, T* output, U* winner, int64_t pitch) {
-  constexpr int V = kVectors ? kVectors : 1;
+template <bool kMax, class A, Lanes kTo, class R, class T, class U>
+static void reduce_rows(const A* const* values, const R* const* winners, const code_t<A>* bases, int64_t rows,
+                        int64_t columns, int64_t vectors, int64_t lanes, const A* divisors, T* output, U* winner,
+                        int64_t pixel_pitch) {
   constexpr int64_t L = kLanes<A>;
-  for (int64_t o = 0; o < columns; ++o) {
+  const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
+  const T* end = output + columns * pitch;
+  const U* winner_end = winner + columns * pitch;
+  const auto reduce = [&]<int kRows>() {
+    for (int64_t o = 0; o < columns; ++o) {
+      for (int64_t v = 0; v < V; ++v) {
+        const int64_t at = (o * V + v) * L, to = o * pitch + lane_of<A, kTo>(v, lanes);
+        vector_t<A> best = load_vector<A>(values[0] + at);
+        codes_t<A> code{};
+        if constexpr (kMax) code = load_vector<code_t<A>>(winners[0] + at) + bases[0];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const int64_t at = (o * V + v) * L;
-      vector_t<A> best = load<A, 1>(values[0] + at, L);
-      codes_t<A> code{};
-      if constexpr (kMax) code = load<code_t<A>, 1>(winners[0] + at, L) + static_cast<code_t<A>>(bases[0]);
-      for (int64_t r = 1; r < rows; ++r) {
-        const vector_t<A> value = load<A, 1>(values[r] + at, L);
+        for (int64_t r = 1; r < (kRows ? kRows : rows); ++r) {
+          const vector_t<A> value = load_vector<A>(values[r] + at);
+          if constexpr (kMax)
+            take<A>(best, code, value, load_vector<code_t<A>>(winners[r] + at) + bases[r]);
+          else
+            best += value;
+        }
         if constexpr (kMax)
-          take<A>(best, code, value, load<code_t<A>, 1>(winners[r] + at, L) + static_cast<code_t<A>>(bases[r]));
+          store<code_t<A>, kTo>(winner + to, code, lanes, winner_end);
         else
-          best += value;
+          best /= vector_t<A>{} + divisors[o];
+        store<A, kTo>(output + to, best, lanes, end);
       }
-      if constexpr (kMax)
-        store<code_t<A>, kVectors>(winner + o * pitch + v * L, code, lanes);
-      else
-        best /= vector_t<A>{} + divisors[o];
-      store<A, kVectors>(output + o * pitch + v * L, best, lanes);
     }
-  }
+  };
+  if (rows == 1)
+    reduce.template operator()<1>();
+  else if (rows == 2)
+    reduce.template operator()<2>();
+  else if (rows == 3)
+    reduce.template operator()<3>();
+  else
+    reduce.template operator()<0>();
 }
 
 struct InputRange {
@@ -427,6 +610,37 @@ static InputRange inputs_of(const AxisView& axis, int64_t first, int64_t last) {
   return range.begin < range.end ? range : InputRange{0, 0};
 }
 
+// What average pooling divides rows of outputs by, or multiplies them with: one row a slot, computed anew where it
+// differs from the slot's last.
+template <class A>
+struct Divisors {
+  const PoolGeometry& g;
+  const bool reciprocal;
+  const int64_t columns;
+  Buffer<A> data;
+  Buffer<int64_t> rows, first;
+
+  Divisors(const PoolGeometry& g, bool reciprocal, int64_t slots, int64_t columns)
+      : g(g), reciprocal(reciprocal), columns(columns), data(slots * columns), rows(slots), first(slots) {
+    for (int64_t slot = 0; slot < slots; ++slot) rows.data[slot] = first.data[slot] = -1;
+  }
+
+  // `rows_divisor` is the product over D and H.
+  const A* of(int64_t slot, int64_t rows_divisor, int64_t first_column, int64_t used_columns) {
+    A* row = data.data + slot * columns;
+    if (rows_divisor == rows.data[slot] && first_column == first.data[slot]) return row;
+    rows.data[slot] = rows_divisor;
+    first.data[slot] = first_column;
+    for (int64_t o = 0; o < used_columns; ++o) {
+      const A divisor = g.divisor_override != 0
+                            ? static_cast<A>(g.divisor_override)
+                            : static_cast<A>(rows_divisor) * static_cast<A>(g.w.divisor[first_column + o]);
+      row[o] = reciprocal ? 1 / divisor : divisor;
+    }
+    return row;
+  }
+};
+
 // Forward, for items begin .. end-1: rows of the input are reduced along W as they are needed and kept in a ring, so
 // that windows that overlap along H share them; then along D and H.
 template <bool kMax, class T, class U>
@@ -435,25 +649,27 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
   constexpr int64_t L = kLanes<A>;
   const AxisView &d = g.d, &h = g.h, &w = g.w;
   const int64_t tile = tile_columns(w, false), tiles = (w.output + tile - 1) / tile, rows = d.output * h.output;
-  const int64_t width = g.channels_last ? kWide * L : L;  // lanes of a pixel in the ring
   int64_t tile_inputs = 1;
   for (int64_t first = 0; first < w.output; first += tile) {
     const InputRange range = inputs_of(w, first, least(first + tile, w.output));
     tile_inputs = most(tile_inputs, range.end - range.begin);
   }
 
-  const bool lanes_made = !g.channels_last;
-  LaneRows<A, T> source(g.input_pixels(), h.input, w.input, lanes_made ? tile_inputs : 0, d.taps, 1);
-  LaneWriter<A, T> values_out(g.output_pixels(), lanes_made ? tile : 1);
-  LaneWriter<code_t<A>, U> winners_out(g.output_pixels(), lanes_made && kMax ? tile : 1);
-  const int64_t slots = d.taps * h.reach, slot_size = tile * width;
+  const bool lanes_made = !g.channels_last,
+             streams = g.batch * g.channels * g.output_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  LaneRows<A, T> source(g, h.input, w.input, g.input_pixels(), lanes_made ? tile_inputs : 0, d.taps, 1);
+  LaneWriter<A, T> values_out(g.output_pixels(), lanes_made ? tile : 1, streams);
+  LaneWriter<code_t<A>, U> winners_out(g.output_pixels(), lanes_made && kMax ? tile : 1, false);
+  const int64_t slots = d.taps * h.reach, slot_size = tile * L * (g.channels_last ? kWide : 1);
   Buffer<A> ring(slots * slot_size);
-  Buffer<code_t<A>> ring_winners(kMax ? slots * slot_size : 1);
-  Buffer<int64_t> keys(slots), bases(d.taps * h.taps);
+  Buffer<U> ring_winners(kMax ? slots * slot_size : 1);
+  Buffer<int64_t> keys(slots);
+  Buffer<code_t<A>> bases(d.taps * h.taps);
   Buffer<const A*> row_values(d.taps * h.taps);
-  Buffer<const code_t<A>*> row_winners(d.taps * h.taps);
-  Buffer<A> divisors(tile), nothing(slot_size);
-  Buffer<code_t<A>> nothing_winners(slot_size);
+  Buffer<const U*> row_winners(d.taps * h.taps);
+  Buffer<A> nothing(slot_size);
+  Buffer<U> nothing_winners(slot_size);
+  Divisors<A> divisors(g, false, 1, kMax ? 0 : tile);
 
   int64_t block_and_tile = -1, first = 0, last = 0, first_input = 0;
   Block block{};
@@ -468,134 +684,209 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
       first_input = inputs_of(w, first, last).begin;
       for (int64_t slot = 0; slot < slots; ++slot) keys.data[slot] = -1;
       if (lanes_made) {
-        source.restart(input + block.base_input, block.lanes, first_input, d.taps);
+        source.restart(input + block.base_input, block, first_input, d.taps);
         values_out.restart(output + block.base_output, block.lanes);
         if constexpr (kMax) winners_out.restart(winner + block.base_output, block.lanes);
       }
     }
     const int64_t row = item % rows, od = row / h.output, oh = row % h.output, columns = last - first;
-    const int64_t block_width = most(1, block.vectors) * L;
     int64_t used = 0;
     for (int64_t i = 0; i < d.count[od]; ++i) {
       for (int64_t j = 0; j < h.count[oh]; ++j, ++used) {
         const int64_t in_d = d.first[od] + i * d.step, in_h = h.first[oh] + j * h.step;
         const int64_t slot = i * h.reach + in_h % h.reach, key = in_d * h.input + in_h;
         A* values = ring.data + slot * slot_size;
-        code_t<A>* winners = kMax ? ring_winners.data + slot * slot_size : nullptr;
+        U* winners = kMax ? ring_winners.data + slot * slot_size : nullptr;
         row_values.data[used] = values;
         row_winners.data[used] = winners;
-        bases.data[used] = ((d.tap[od] + i) * h.taps + h.tap[oh] + j) * w.taps;
+        bases.data[used] = static_cast<code_t<A>>(((d.tap[od] + i) * h.taps + h.tap[oh] + j) * w.taps);
         if (keys.data[slot] == key) continue;
         keys.data[slot] = key;
-        if (lanes_made) {
-          const A* lanes = source.row(i, in_d, in_h, least(tile_inputs, w.input - first_input)) - source.start * L;
-          reduce_row<kMax, A, 1>(lanes, L, w, first, last, L, values, winners);
-        } else {
-          const T* lanes = input + block.base_input + key * w.input * g.channels;
-          if (block.vectors == kWide)
-            reduce_row<kMax, A, kWide>(lanes, g.channels, w, first, last, block.lanes, values, winners);
-          else if (block.vectors == 1)
-            reduce_row<kMax, A, 1>(lanes, g.channels, w, first, last, block.lanes, values, winners);
+        for_lanes(block.from, [&]<Lanes kFrom>() {
+          if constexpr (kFrom == Lanes::planes)
+            reduce_row<kMax, A, kFrom>(source.row(i, in_d, in_h, least(tile_inputs, w.input - first_input)), L, w,
+                                       first, last, 1, L, values, winners);
           else
-            reduce_row<kMax, A, 0>(lanes, g.channels, w, first, last, block.lanes, values, winners);
-        }
+            reduce_row<kMax, A, kFrom>(input + block.base_input + key * w.input * g.channels, g.channels, w, first,
+                                       last, block.vectors, block.lanes, values, winners);
+        });
       }
     }
     if (used == 0) {  // a window with nothing but padding
+      const int64_t width = block.vectors * L;
       for (int64_t o = 0; o < columns; ++o) {
-        for (int64_t lane = 0; lane < block_width; ++lane) {
-          nothing.data[o * block_width + lane] = kMax ? -A(__builtin_inf()) : A(0);
-          nothing_winners.data[o * block_width + lane] = static_cast<code_t<A>>(w.tap[first + o]);
+        for (int64_t lane = 0; lane < width; ++lane) {
+          nothing.data[o * width + lane] = kMax ? -A(__builtin_inf()) : A(0);
+          nothing_winners.data[o * width + lane] = static_cast<U>(w.tap[first + o]);
         }
       }
       row_values.data[0] = nothing.data;
       row_winners.data[0] = nothing_winners.data;
-      bases.data[0] = (d.tap[od] * h.taps + h.tap[oh]) * w.taps;
+      bases.data[0] = static_cast<code_t<A>>((d.tap[od] * h.taps + h.tap[oh]) * w.taps);
       used = 1;
     }
-    if constexpr (!kMax) {
-      const A rows_divisor = static_cast<A>(d.divisor[od] * h.divisor[oh]);
-      for (int64_t o = 0; o < columns; ++o)
-        divisors.data[o] = g.divisor_override != 0 ? static_cast<A>(g.divisor_override)
-                                                   : rows_divisor * static_cast<A>(w.divisor[first + o]);
-    }
+    const A* divisor = kMax ? nullptr : divisors.of(0, d.divisor[od] * h.divisor[oh], first, columns);
     const int64_t position = row * w.output + first;
-    const auto finish = [&]<int kVectors>(auto* to, auto* to_winner, int64_t pitch, int64_t lanes) {
-      reduce_rows<kMax, A, kVectors>(row_values.data, row_winners.data, bases.data, used, columns, lanes, divisors.data,
-                                     to, to_winner, pitch);
-    };
-    if (lanes_made) {
-      A* to = values_out.next(position, columns);
-      code_t<A>* to_winner = kMax ? winners_out.next(position, columns) : nullptr;
-      finish.template operator()<1>(to, to_winner, L, L);
-    } else {
-      T* to = output + block.base_output + position * g.channels;
-      U* to_winner = kMax ? winner + block.base_output + position * g.channels : nullptr;
-      if (block.vectors == kWide)
-        finish.template operator()<kWide>(to, to_winner, g.channels, block.lanes);
-      else if (block.vectors == 1)
-        finish.template operator()<1>(to, to_winner, g.channels, block.lanes);
+    for_lanes(block.from, [&]<Lanes kTo>() {
+      const auto finish = [&](auto* to, auto* to_winner) {
+        reduce_rows<kMax, A, kTo>(row_values.data, row_winners.data, bases.data, used, columns, block.vectors,
+                                  block.lanes, divisor, to, to_winner, g.channels);
+      };
+      if constexpr (kTo == Lanes::planes)
+        finish(values_out.next(position, columns), kMax ? winners_out.next(position, columns) : nullptr);
       else
-        finish.template operator()<0>(to, to_winner, g.channels, block.lanes);
-    }
+        finish(output + block.base_output + position * g.channels,
+               kMax ? winner + block.base_output + position * g.channels : nullptr);
+    });
   }
   values_out.flush();
   winners_out.flush();
+  end_streams();
+}
+
+// Backward, columns first .. last-1 of a row of the input's gradient. Where whole windows lie, kStride inputs at a time
+// meet windows o, o-1, ... at taps that the compiler knows; elsewhere the tables tell. `cell(o, i)` does kStride inputs
+// from i, the first of window o; `single(i)` does one.
+template <int kTaps, int kStride, class Cell, class Single>
+static inline void for_inputs(const AxisView& w, int64_t first, int64_t last, const Cell& cell, const Single& single) {
+  constexpr int64_t kBefore = (kTaps - 1) / kStride;  // windows before o that meet its first input
+  int64_t o = w.inner_begin + kBefore, i = first;
+  if (o < w.inner_end) {
+    const int64_t from = w.first[o];
+    if (from < first) o += (first - from + kStride - 1) / kStride;
+    const int64_t begin = from + (o - w.inner_begin - kBefore) * kStride;
+    const int64_t cells = least(w.inner_end - o, (last - begin) / kStride);
+    if (cells > 0) {
+      for (; i < begin; ++i) single(i);
+      for (const int64_t stop = o + cells; o < stop; ++o, i += kStride) cell(o, i);
+    }
+  }
+  for (; i < last; ++i) single(i);
+}
+
+// Calls body.template operator()<taps, stride>() for windows with code of their own, else <1, 0>.
+template <class Body>
+static inline void for_windows(const AxisView& w, const Body& body) {
+  if (w.step == 1 && w.taps == 2 && w.inner_stride == 2) return body.template operator()<2, 2>();
+  if (w.step == 1 && w.taps == 3 && w.inner_stride == 2) return body.template operator()<3, 2>();
+  if (w.step == 1 && w.taps == 3 && w.inner_stride == 1) return body.template operator()<3, 1>();
+  body.template operator()<0, 0>();
 }
 
 // One row of the gradient of max pooling's input, columns first .. last-1: over the rows and columns of the windows
 // that cover an input, the gradients of those it won.
-template <class A, int kVectors, class S, class R, class T>
-static void collect_winners(const S* const* grads, const R* const* winners, const int64_t* bases, int64_t rows,
-                            int64_t pitch, const AxisView& w, int64_t first, int64_t last, int64_t lanes, T* grad_input,
-                            int64_t input_pitch) {
-  constexpr int V = kVectors ? kVectors : 1;
+template <class A, Lanes kTo, class T>
+static void collect_winners(const A* const* grads, const code_t<A>* const* winners, const code_t<A>* bases,
+                            int64_t rows, const AxisView& w, int64_t first, int64_t last, int64_t vectors,
+                            int64_t lanes, T* grad_input, int64_t pixel_pitch, bool streams) {
   constexpr int64_t L = kLanes<A>;
-  for (int64_t i = first; i < last; ++i) {
-    vector_t<A> sum[V] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = w.cover[i]; j < w.cover[i + 1]; ++j) {
-        const int64_t at = w.cover_output[j] * pitch;
-        const codes_t<A> code = codes_t<A>{} + static_cast<code_t<A>>(bases[r] + w.cover_tap[j]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          vector_t<A> grad = load<A, kVectors>(grads[r] + at + v * L, lanes);
-          pin(grad);  // or the load becomes a masked one that waits for the comparison
-          const codes_t<A> winner = load<code_t<A>, kVectors>(winners[r] + at + v * L, lanes);
-          sum[v] += winner == code ? grad : vector_t<A>{};
+  const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
+  const T* end = grad_input + (last - first) * pitch;
+  const auto put = [&](int64_t i, int64_t v, vector_t<A> sum) {
+    T* to = grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes);
+    if constexpr (kTo == Lanes::channels && std::is_same_v<A, T>)
+      if (streams) return stream(to, sum);
+    store<A, kTo>(to, sum, lanes, end);
+  };
+  const auto add = [&](vector_t<A>& sum, vector_t<A> grad, codes_t<A> winner, int64_t tap) {
+    sum += winner == codes_t<A>{} + static_cast<code_t<A>>(tap) ? grad : vector_t<A>{};
+  };
+  // The gradients of a row, and by which of its taps along W they were won.
+  const auto read = [&](int64_t r, int64_t at, vector_t<A>& grad, codes_t<A>& winner) {
+    grad = load_vector<A>(grads[r] + at);
+    pin(grad);  // or the load becomes a masked one that waits for the comparison
+    winner = load_vector<code_t<A>>(winners[r] + at) - bases[r];
+  };
+  const auto single = [&](int64_t i) {
+    for (int64_t v = 0; v < V; ++v) {
+      vector_t<A> sum{}, grad;
+      codes_t<A> winner;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t j = w.cover[i]; j < w.cover[i + 1]; ++j) {
+          read(r, (w.cover_output[j] * V + v) * L, grad, winner);
+          add(sum, grad, winner, w.cover_tap[j]);
         }
       }
+      put(i, v, sum);
     }
+  };
+  for_windows(w, [&]<int kTaps, int kStride>() {
+    if constexpr (kTaps == 0) {
+      for (int64_t i = first; i < last; ++i) single(i);
+    } else {
+      const auto cell = [&](int64_t o, int64_t i) {
+        for (int64_t v = 0; v < V; ++v) {
+          vector_t<A> sums[kStride] = {}, grad;
+          codes_t<A> winner;
+          for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<A, kVectors>(grad_input + (i - first) * input_pitch + v * L, sum[v], lanes);
-  }
+            for (int before = (kTaps - 1) / kStride; before >= 0; --before) {
+              read(r, ((o - before) * V + v) * L, grad, winner);
+#pragma GCC unroll 4
+              for (int k = 0; k < kStride; ++k)
+                if (k + before * kStride < kTaps) add(sums[k], grad, winner, k + before * kStride);
+            }
+          }
+#pragma GCC unroll 4
+          for (int k = 0; k < kStride; ++k) put(i + k, v, sums[k]);
+        }
+      };
+      for_inputs<kTaps, kStride>(w, first, last, cell, single);
+    }
+  });
 }
 
 // The same of average pooling, along one axis after the other: `shares` is room for the sum over the rows.
-template <class A, int kVectors, class S, class T>
-static void collect_shares(const S* const* grads, const A* const* scales, int64_t rows, int64_t pitch,
-                           const AxisView& w, int64_t first_output, int64_t last_output, int64_t first, int64_t last,
-                           int64_t lanes, A* shares, T* grad_input, int64_t input_pitch) {
-  constexpr int V = kVectors ? kVectors : 1;
+template <class A, Lanes kTo, class T>
+static void collect_shares(const A* const* grads, const A* const* scales, int64_t rows, const AxisView& w,
+                           int64_t first_output, int64_t last_output, int64_t first, int64_t last, int64_t vectors,
+                           int64_t lanes, A* shares, T* grad_input, int64_t pixel_pitch, bool streams) {
   constexpr int64_t L = kLanes<A>;
+  const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
   for (int64_t o = first_output; o < last_output; ++o) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
+    for (int64_t v = 0; v < V; ++v) {
       vector_t<A> sum{};
       for (int64_t r = 0; r < rows; ++r)
-        sum += load<A, kVectors>(grads[r] + o * pitch + v * L, lanes) * (vector_t<A>{} + scales[r][o - first_output]);
-      store<A, 1>(shares + ((o - first_output) * V + v) * L, sum, L);
+        sum += load_vector<A>(grads[r] + (o * V + v) * L) * (vector_t<A>{} + scales[r][o - first_output]);
+      store_vector<A>(shares + ((o - first_output) * V + v) * L, sum);
     }
   }
-  for (int64_t i = first; i < last; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
+  const T* end = grad_input + (last - first) * pitch;
+  const auto put = [&](int64_t i, int64_t v, vector_t<A> sum) {
+    T* to = grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes);
+    if constexpr (kTo == Lanes::channels && std::is_same_v<A, T>)
+      if (streams) return stream(to, sum);
+    store<A, kTo>(to, sum, lanes, end);
+  };
+  const auto share = [&](int64_t o, int64_t v) { return load_vector<A>(shares + ((o - first_output) * V + v) * L); };
+  const auto single = [&](int64_t i) {
+    for (int64_t v = 0; v < V; ++v) {
       vector_t<A> sum{};
-      for (int64_t j = w.cover[i]; j < w.cover[i + 1]; ++j)
-        sum += load<A, 1>(shares + ((w.cover_output[j] - first_output) * V + v) * L, L);
-      store<A, kVectors>(grad_input + (i - first) * input_pitch + v * L, sum, lanes);
+      for (int64_t j = w.cover[i]; j < w.cover[i + 1]; ++j) sum += share(w.cover_output[j], v);
+      put(i, v, sum);
     }
-  }
+  };
+  for_windows(w, [&]<int kTaps, int kStride>() {
+    if constexpr (kTaps == 0) {
+      for (int64_t i = first; i < last; ++i) single(i);
+    } else {
+      const auto cell = [&](int64_t o, int64_t i) {
+        for (int64_t v = 0; v < V; ++v) {
+          vector_t<A> sums[kStride] = {};
+#pragma GCC unroll 4
+          for (int before = (kTaps - 1) / kStride; before >= 0; --before) {
+            const vector_t<A> part = share(o - before, v);
+#pragma GCC unroll 4
+            for (int k = 0; k < kStride; ++k)
+              if (k + before * kStride < kTaps) sums[k] += part;
+          }
+#pragma GCC unroll 4
+          for (int k = 0; k < kStride; ++k) put(i + k, v, sums[k]);
+        }
+      };
+      for_inputs<kTaps, kStride>(w, first, last, cell, single);
+    }
+  });
 }
 
 // Backward, for items begin .. end-1, a row of the input's gradient each.
@@ -626,17 +917,20 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
     }
   }
 
-  const bool lanes_made = !g.channels_last;
-  const int64_t depths = d.cover_count, most_rows = d.cover_count * h.cover_count;
-  LaneRows<A, T> grads(g.output_pixels(), h.output, w.output, lanes_made ? tile_outputs : 0, depths, h.cover_reach);
-  LaneRows<code_t<A>, U> winners(g.output_pixels(), h.output, w.output, lanes_made && kMax ? tile_outputs : 0, depths,
-                                 h.cover_reach);
-  LaneWriter<A, T> out(g.input_pixels(), lanes_made ? tile : 1);
-  Buffer<const void*> row_grads(most_rows), row_winners(most_rows);
-  Buffer<int64_t> bases(most_rows);
-  Buffer<A> scales(kMax ? 1 : most_rows * most(1, tile_outputs));
+  const bool lanes_made = !g.channels_last,
+             large = g.batch * g.channels * g.input_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const bool streams =
+      large && (lanes_made || (g.channels % L == 0 && reinterpret_cast<uintptr_t>(grad_input) % kVectorBytes == 0));
+  const int64_t depths = d.cover_count, most_rows = d.cover_count * h.cover_count, pixels = g.output_pixels();
+  LaneRows<A, T> grads(g, h.output, w.output, pixels, tile_outputs, depths, h.cover_reach);
+  LaneRows<code_t<A>, U> winners(g, h.output, w.output, pixels, kMax ? tile_outputs : 0, depths, h.cover_reach);
+  LaneWriter<A, T> out(g.input_pixels(), lanes_made ? tile : 1, streams);
+  Buffer<const A*> row_grads(most_rows);
+  Buffer<const code_t<A>*> row_winners(most_rows);
+  Buffer<code_t<A>> bases(most_rows);
   Buffer<const A*> row_scales(most_rows);
-  Buffer<A> shares(kMax ? 1 : tile_outputs * (g.channels_last ? kWide * L : L));
+  Divisors<A> scales(g, true, most_rows, kMax ? 0 : tile_outputs);
+  Buffer<A> shares(kMax ? 1 : tile_outputs * L * (g.channels_last ? kWide : 1));
 
   int64_t block_and_tile = -1, first = 0, last = 0, first_output = 0, last_output = 0;
   Block block{};
@@ -648,11 +942,9 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
       first = block_and_tile % tiles * tile;
       last = least(first + tile, w.input);
       outputs_of(first, last, &first_output, &last_output);
-      if (lanes_made) {
-        grads.restart(grad_output + block.base_output, block.lanes, first_output, depths);
-        if constexpr (kMax) winners.restart(winner + block.base_output, block.lanes, first_output, depths);
-        out.restart(grad_input + block.base_input, block.lanes);
-      }
+      grads.restart(grad_output + block.base_output, block, first_output, depths);
+      if constexpr (kMax) winners.restart(winner + block.base_output, block, first_output, depths);
+      if (lanes_made) out.restart(grad_input + block.base_input, block.lanes);
     }
     const int64_t row = item % rows, in_d = row / h.input, in_h = row % h.input, outputs = last_output - first_output;
     int64_t used = 0;
@@ -660,53 +952,34 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
       for (int64_t i = d.cover[in_d]; i < d.cover[in_d + 1]; ++i) {
         for (int64_t j = h.cover[in_h]; j < h.cover[in_h + 1]; ++j, ++used) {
           const int64_t od = d.cover_output[i], oh = h.cover_output[j], index = i - d.cover[in_d];
-          const int64_t offset = block.base_output + (od * h.output + oh) * w.output * g.channels;
-          if (lanes_made)
-            row_grads.data[used] = grads.row(index, od, oh, outputs) - grads.start * L;
-          else
-            row_grads.data[used] = grad_output + offset;
+          row_grads.data[used] = grads.row(index, od, oh, outputs);
           if constexpr (kMax) {
-            if (lanes_made)
-              row_winners.data[used] = winners.row(index, od, oh, outputs) - winners.start * L;
-            else
-              row_winners.data[used] = winner + offset;
-            bases.data[used] = (d.cover_tap[i] * h.taps + h.cover_tap[j]) * w.taps;
+            row_winners.data[used] = winners.row(index, od, oh, outputs);
+            bases.data[used] = static_cast<code_t<A>>((d.cover_tap[i] * h.taps + h.cover_tap[j]) * w.taps);
           } else {
-            A* scale = scales.data + used * outputs;
-            row_scales.data[used] = scale;
-            const A rows_divisor = static_cast<A>(d.divisor[od] * h.divisor[oh]);
-            for (int64_t o = 0; o < outputs; ++o)
-              scale[o] = 1 / (g.divisor_override != 0 ? static_cast<A>(g.divisor_override)
-                                                      : rows_divisor * static_cast<A>(w.divisor[first_output + o]));
+            row_scales.data[used] = scales.of(used, d.divisor[od] * h.divisor[oh], first_output, outputs);
           }
         }
       }
     }
     const int64_t position = row * w.input + first;
-    const auto collect = [&]<int kVectors, class S, class R>(auto* to, int64_t output_pitch, int64_t input_pitch,
-                                                             int64_t lanes) {
-      if constexpr (kMax)
-        collect_winners<A, kVectors>(reinterpret_cast<const S* const*>(row_grads.data),
-                                     reinterpret_cast<const R* const*>(row_winners.data), bases.data, used,
-                                     output_pitch, w, first, last, lanes, to, input_pitch);
+    for_lanes(block.from, [&]<Lanes kTo>() {
+      const auto collect = [&](auto* to) {
+        if constexpr (kMax)
+          collect_winners<A, kTo>(row_grads.data, row_winners.data, bases.data, used, w, first, last, block.vectors,
+                                  block.lanes, to, g.channels, streams);
+        else
+          collect_shares<A, kTo>(row_grads.data, row_scales.data, used, w, first_output, last_output, first, last,
+                                 block.vectors, block.lanes, shares.data, to, g.channels, streams);
+      };
+      if constexpr (kTo == Lanes::planes)
+        collect(out.next(position, last - first));
       else
-        collect_shares<A, kVectors>(reinterpret_cast<const S* const*>(row_grads.data), row_scales.data, used,
-                                    output_pitch, w, first_output, last_output, first, last, lanes, shares.data, to,
-                                    input_pitch);
-    };
-    if (lanes_made) {
-      collect.template operator()<1, A, code_t<A>>(out.next(position, last - first), L, L, L);
-    } else {
-      T* to = grad_input + block.base_input + position * g.channels;
-      if (block.vectors == kWide)
-        collect.template operator()<kWide, T, U>(to, g.channels, g.channels, block.lanes);
-      else if (block.vectors == 1)
-        collect.template operator()<1, T, U>(to, g.channels, g.channels, block.lanes);
-      else
-        collect.template operator()<0, T, U>(to, g.channels, g.channels, block.lanes);
-    }
+        collect(grad_input + block.base_input + position * g.channels);
+    });
   }
   out.flush();
+  end_streams();
 }
 
 // Max pooling at fixed winners, for output pixels begin .. end-1 (N, C, *O in memory order): each reads its winner.
@@ -730,6 +1003,42 @@ static void pick(const PoolGeometry& g, const T* input, const U* winner, T* outp
   }
 }
 
+// The gradient of max pooling's input where every window is whole, no input is in two of them, and windows are so large
+// that few inputs win: zeros, and each output's gradient put where its winner is. For planes begin .. end-1, or images
+// with channels_last. offsets[code] is where a tap lies from the first input of its window.
+template <class T, class U>
+static void place(const PoolGeometry& g, const T* grad_output, const U* winner, T* grad_input, const int64_t* offsets,
+                  int64_t begin, int64_t end) {
+  const AxisView &d = g.d, &h = g.h, &w = g.w;
+  const int64_t lanes = g.channels_last ? g.channels : 1, taps = d.taps * h.taps * w.taps;
+  for (int64_t outer = begin; outer < end; ++outer) {
+    T* to = grad_input + outer * g.input_pixels() * lanes;
+    __builtin_memset(static_cast<void*>(to), 0, g.input_pixels() * lanes * sizeof(T));
+    int64_t item = outer * g.output_pixels() * lanes;
+    for (int64_t od = 0; od < d.output; ++od) {
+      for (int64_t oh = 0; oh < h.output; ++oh) {
+        T* row = to + (d.first[od] * h.input + h.first[oh]) * w.input * lanes;
+        for (int64_t ow = 0; ow < w.output; ++ow) {
+          T* window = row + w.first[ow] * lanes;
+          for (int64_t lane = 0; lane < lanes; ++lane, ++item) {
+            const int64_t code = winner[item];
+            if (code >= 0 && code < taps) window[offsets[code] * lanes + lane] = grad_output[item];
+          }
+        }
+      }
+    }
+  }
+}
+
+// The sum of a vector's lanes, halves to halves.
+template <int kHalf, class V, int... kLane>
+static inline auto sum_of(V vector, std::integer_sequence<int, kLane...> lanes) {
+  if constexpr (kHalf == 0)
+    return vector[0];
+  else
+    return sum_of<kHalf / 2>(vector + __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...), lanes);
+}
+
 // Average pooling to one output: the mean of whole planes begin .. end-1, which need no transpose. A plane is summed in
 // kSums vectors side by side, so that neither latency nor rounding grows with every element.
 template <class T>
@@ -745,13 +1054,11 @@ static void average_planes(const T* input, T* output, int64_t pixels, double div
       vector_t<A> sums[kSums] = {};
       for (; i + kSums * L <= stop; i += kSums * L) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kSums; ++s) sums[s] += load<A, 1>(p + i + s * L, L);
+        for (int s = 0; s < kSums; ++s) sums[s] += load_vector<A>(p + i + s * L);
       }
-      for (; i + L <= stop; i += L) sums[0] += load<A, 1>(p + i, L);
-      const vector_t<A> lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      A sum = 0;
+      for (; i + L <= stop; i += L) sums[0] += load_vector<A>(p + i);
+      A sum = sum_of<L / 2>((sums[0] + sums[1]) + (sums[2] + sums[3]), std::make_integer_sequence<int, L>());
       for (; i < stop; ++i) sum += static_cast<A>(p[i]);
-      for (int64_t lane = 0; lane < L; ++lane) sum += lanes[lane];
       total += sum;
     }
     output[plane] = static_cast<T>(total / divisor);
