@@ -4,8 +4,11 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/common.h"
+#include "cpu/intrinsics.h"
+#include "cpu/scratch.h"
 
 #define MANUAL_OPS_KERNELS "cpu/cross_entropy_kernels.h"
 #include "cpu/each_isa.h"
@@ -39,14 +42,17 @@ struct RowBlocks : Rows {
 
   int64_t blocks() const { return groups * group_blocks; }
 
-  template <class Body>
+  // body(block, scratch), with room for two slices a lane.
+  template <class A, class Body>
   void for_each_block(const Body& body) const {
     parallel_for(blocks(), 16 * block_rows * std::max<int64_t>(1, classes), [&](int64_t begin, int64_t end) {
+      const Scratch<A> scratch(2 * classes * (strided ? plain::kBlock : 1));
       for (int64_t index = begin; index < end; ++index) {
         const int64_t group = index / group_blocks, first = index % group_blocks * block_rows;
         const int64_t row = group * group_rows + first;
         const int64_t offset = strided ? group * classes * pixels + first : row * classes;
-        body(Block{index, row / (rows / samples), row, offset, std::min(block_rows, group_rows - first)});
+        body(Block{index, row / (rows / samples), row, offset, std::min(block_rows, group_rows - first)},
+             scratch.data());
       }
     });
   }
@@ -203,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
       constexpr Target kTarget = kind;
       constexpr bool indexed = kTarget != Target::distribution;
       TargetCheck check(target, rows.classes, ignore_index);
-      rows.for_each_block([&](const RowBlocks::Block& block) {
+      rows.for_each_block<A>([&](const RowBlocks::Block& block, A* scratch) {
         if (indexed && !check.passes(block)) return;
         const A* w = weight.of(block.sample);
         const Smoothing<A> smoothing{static_cast<A>(1 - label_smoothing), soft, weight.sum_of(block.sample),
@@ -214,11 +220,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
         if (rows.strided) {
           MANUAL_OPS_FOR_ISA(cross_entropy_block<kTarget>(data<T>(input) + block.offset, t, w, smoothing, rows.classes,
                                                           rows.pitch, static_cast<int>(block.count), row_loss,
-                                                          maxima + block.row, log_sums + block.row));
+                                                          maxima + block.row, log_sums + block.row, scratch));
         } else {
           MANUAL_OPS_FOR_ISA(cross_entropy_rows<kTarget>(data<T>(input) + block.offset, t, w, smoothing, block.count,
                                                          rows.classes, row_loss, maxima + block.row,
-                                                         log_sums + block.row));
+                                                         log_sums + block.row, scratch));
         }
         if constexpr (indexed)
           losses.add(block, row_loss, data<int64_t>(target), w, ignore_index);
@@ -279,11 +285,12 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
     const RowGrad<T> row_grads(grad_output, denominator, reduction, rows);
     const A soft = static_cast<A>(label_smoothing / std::max<int64_t>(1, rows.classes));
     const A *maxima = data<A>(lse), *log_sums = maxima + rows.rows;
+    const bool streaming = is_streamed<T>(input.numel());
     for_target(target, label_smoothing, [&](auto kind) {
       constexpr Target kTarget = kind;
       constexpr bool indexed = kTarget != Target::distribution;
       TargetCheck check(target, rows.classes, ignore_index);
-      rows.for_each_block([&](const RowBlocks::Block& block) {
+      rows.for_each_block<A>([&](const RowBlocks::Block& block, A* scratch) {
         if (indexed && !check.passes(block)) return;
         const A* w = weight.of(block.sample);
         const Smoothing<A> smoothing{static_cast<A>(1 - label_smoothing), soft, weight.sum_of(block.sample),
@@ -296,11 +303,11 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
         if (rows.strided) {
           MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_block<kTarget>(
               row_grad, data<T>(input) + block.offset, t, w, smoothing, rows.classes, rows.pitch,
-              static_cast<int>(block.count), maxima + block.row, log_sums + block.row, out));
+              static_cast<int>(block.count), maxima + block.row, log_sums + block.row, out, scratch, streaming));
         } else {
-          MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_rows<kTarget>(row_grad, data<T>(input) + block.offset, t, w,
-                                                                    smoothing, block.count, rows.classes,
-                                                                    maxima + block.row, log_sums + block.row, out));
+          MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_rows<kTarget>(
+              row_grad, data<T>(input) + block.offset, t, w, smoothing, block.count, rows.classes, maxima + block.row,
+              log_sums + block.row, out, scratch, streaming));
         }
       });
       if (indexed) check.raise("cross_entropy");
@@ -325,7 +332,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
     Losses<T> losses(rows, reduction, made.loss, made.denominator);
     TargetCheck check(target, rows.classes, ignore_index);
     const int64_t between_rows = rows.strided ? 1 : rows.classes;
-    rows.for_each_block([&](const RowBlocks::Block& block) {
+    rows.for_each_block<A>([&](const RowBlocks::Block& block, A*) {
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       const T* x = data<T>(input) + block.offset;
@@ -358,7 +365,7 @@ Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, 
     const RowGrad<T> row_grads(grad_output, denominator, reduction, rows);
     TargetCheck check(target, classes, ignore_index);
     const int64_t between_rows = rows.strided ? 1 : classes;
-    rows.for_each_block([&](const RowBlocks::Block& block) {
+    rows.for_each_block<A>([&](const RowBlocks::Block& block, A*) {
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       T* out = mutable_data<T>(grad_input) + block.offset;
