@@ -206,10 +206,8 @@ template <Target kTarget, class T>
 void cross_entropy_input_grad_rows(const accumulate_t<T>* row_grad, const T* input, const target_t<kTarget, T>* target,
                                    const accumulate_t<T>* weight, const Smoothing<accumulate_t<T>>& smoothing,
                                    int64_t rows, int64_t classes, const accumulate_t<T>* maxima,
-                                   const accumulate_t<T>* log_sums, T* grad_input, accumulate_t<T>* scratch,
-                                   bool streaming) {
+                                   const accumulate_t<T>* log_sums, T* grad_input, accumulate_t<T>* scratch) {
   using A = accumulate_t<T>;
-  const StreamEnd end{streaming};
   if (classes <= kShortClasses) {
     for_each_block_of_rows(rows, [=, &smoothing](int64_t first, int count) {
       A block[kShortClasses * kBlock], distributions[kTarget == Target::distribution ? kShortClasses * kBlock : 1];
@@ -223,14 +221,14 @@ void cross_entropy_input_grad_rows(const accumulate_t<T>* row_grad, const T* inp
       }
       cross_entropy_input_grad_of_block<kTarget>(row_grad + first, block, t, weight, smoothing, classes, count,
                                                  maxima + first, log_sums + first);
-      block_to_rows(block, grad_input + first * classes, classes, count, streaming);
+      block_to_rows(block, grad_input + first * classes, classes, count);
     });
     return;
   }
   const A hard = smoothing.hard, soft = smoothing.soft;
   for (int64_t row = 0; row < rows; ++row, input += classes, grad_input += classes) {
     const A* x = widened(input, classes, scratch);
-    A* y = computed_at(grad_input, scratch, streaming);
+    A* y = computed_at(grad_input, scratch, false);
     const A maximum = maxima[row], log_sum = log_sums[row];
     A g = row_grad[row], own = 0, total = 0;
     const A* q = nullptr;
@@ -260,6 +258,6 @@ void cross_entropy_input_grad_rows(const accumulate_t<T>* row_grad, const T* inp
           store<A>(y + c, result, lanes);
         });
     if constexpr (kTarget != Target::distribution) y[t] -= g * own;
-    deliver(y, grad_input, classes, streaming);
+    deliver(y, grad_input, classes, false);
   }
 }

@@ -13,8 +13,8 @@ namespace manual_ops {
 
 namespace {
 
-// rows(first, count, scratch) on ranges of rows, or block(offset, count, scratch) on blocks of slices; the scratch has
-// room for two slices a lane.
+// rows(first, count, scratch) on ranges of rows, or block(offset, first, count, scratch) on blocks of slices from
+// the one at `first` of those at `offset`; the scratch has room for two slices a lane.
 template <class A, class Rows, class Block>
 void for_each_slice(const Slices& slices, const Rows& rows, const Block& block) {
   const auto& [outer, classes, inner] = slices;
@@ -33,7 +33,7 @@ void for_each_slice(const Slices& slices, const Rows& rows, const Block& block) 
     const Scratch<A> scratch(scratch_size);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index % blocks * plain::kBlock;
-      block(index / blocks * pitch + first, static_cast<int>(std::min<int64_t>(plain::kBlock, width - first)),
+      block(index / blocks * pitch, first, static_cast<int>(std::min<int64_t>(plain::kBlock, width - first)),
             scratch.data());
     }
   });
@@ -41,7 +41,9 @@ void for_each_slice(const Slices& slices, const Rows& rows, const Block& block) 
 
 template <bool kLog>
 Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
-  const Tensor input = as_contiguous(input_any);
+  // The output is contiguous in any case: channels_last inputs are transposed on the way.
+  const bool channels_last = dim == 1 && is_channels_last(input_any);
+  const Tensor input = channels_last ? input_any : as_contiguous(input_any);
   const Tensor output = new_tensor(sizes_of(input), input.scalar_type(), input);
   const Slices slices(input, dim);
   for_floating_dtype(input.scalar_type(), "softmax", [&](auto scalar) {
@@ -54,11 +56,12 @@ Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
         slices,
         [&](int64_t first, int64_t count, A* scratch) {
           const int64_t at = first * slices.classes;
-          MANUAL_OPS_FOR_ISA(softmax_rows<kLog>(x + at, y + at, count, slices.classes, scratch, streaming));
+          MANUAL_OPS_FOR_ISA(softmax_rows<kLog>(x + at, y + at, count, slices.classes, scratch));
         },
-        [&](int64_t at, int count, A* scratch) {
-          MANUAL_OPS_FOR_ISA(
-              softmax_block<kLog>(x + at, y + at, slices.classes, slices.inner, count, scratch, streaming));
+        [&](int64_t offset, int64_t first, int count, A* scratch) {
+          const T* from = x + offset + (channels_last ? first * slices.classes : first);
+          MANUAL_OPS_FOR_ISA(softmax_block<kLog>(from, y + offset + first, slices.classes, slices.inner, count, scratch,
+                                                 channels_last, streaming));
         });
   });
   return output;
@@ -81,10 +84,10 @@ Tensor softmax_input_grad(const Tensor& grad_output_any, const Tensor& output_an
         slices,
         [&](int64_t first, int64_t count, A* scratch) {
           const int64_t at = first * slices.classes;
-          MANUAL_OPS_FOR_ISA(
-              softmax_input_grad_rows<kLog>(g + at, y + at, x + at, count, slices.classes, scratch, streaming));
+          MANUAL_OPS_FOR_ISA(softmax_input_grad_rows<kLog>(g + at, y + at, x + at, count, slices.classes, scratch));
         },
-        [&](int64_t at, int count, A* scratch) {
+        [&](int64_t offset, int64_t first, int count, A* scratch) {
+          const int64_t at = offset + first;
           MANUAL_OPS_FOR_ISA(softmax_input_grad_block<kLog>(g + at, y + at, x + at, slices.classes, slices.inner, count,
                                                             scratch, streaming));
         });

@@ -24,34 +24,36 @@ template <bool kLog, class A>
   }
 }
 
-// output = softmax of neighbouring slices. `scratch` has room for two blocks.
+// output = softmax of neighbouring slices, or, from the input's `rows`, of rows. `scratch` has room for two blocks.
 template <bool kLog, class T>
 void softmax_block(const T* input, T* output, int64_t classes, int64_t pitch, int count, accumulate_t<T>* scratch,
-                   bool streaming) {
+                   bool rows, bool streaming) {
   const StreamEnd end{streaming};
-  read_block(input, pitch, classes, count, scratch);
+  if (rows)
+    rows_to_block(input, classes, count, scratch);
+  else
+    read_block(input, pitch, classes, count, scratch);
   softmax_in_block<kLog>(scratch, classes);
   write_block(scratch, output, pitch, classes, count, streaming);
 }
 
 // The same for rows. `scratch` has room for two rows.
 template <bool kLog, class T>
-void softmax_rows(const T* input, T* output, int64_t rows, int64_t classes, accumulate_t<T>* scratch, bool streaming) {
+void softmax_rows(const T* input, T* output, int64_t rows, int64_t classes, accumulate_t<T>* scratch) {
   using A = accumulate_t<T>;
-  const StreamEnd end{streaming};
   if (classes <= kShortClasses) {
     for_each_block_of_rows(rows, [=](int64_t first, int count) {
       A block[kShortClasses * kBlock];
       rows_to_block(input + first * classes, classes, count, block);
       softmax_in_block<kLog>(block, classes);
-      block_to_rows(block, output + first * classes, classes, count, streaming);
+      block_to_rows(block, output + first * classes, classes, count);
     });
     return;
   }
   constexpr A lowest = -std::numeric_limits<A>::infinity();
   for (int64_t row = 0; row < rows; ++row, input += classes, output += classes) {
     const A* x = widened(input, classes, scratch);
-    A* y = computed_at(output, scratch, streaming);
+    A* y = computed_at(output, scratch, false);
     const A maximum = row_maximum(x, classes);
     vector_t<A> sums[kUnrolled] = {};
     for_each_vector<A>(
@@ -69,7 +71,7 @@ void softmax_rows(const T* input, T* output, int64_t rows, int64_t classes, accu
           else
             store<A>(y + c, divided(load<A>(y + c, lanes), sum, factor), lanes);
         });
-    deliver(y, output, classes, streaming);
+    deliver(y, output, classes, false);
   }
 }
 
@@ -117,22 +119,21 @@ void softmax_input_grad_block(const T* grad_output, const T* output, T* grad_inp
 
 template <bool kLog, class T>
 void softmax_input_grad_rows(const T* grad_output, const T* output, T* grad_input, int64_t rows, int64_t classes,
-                             accumulate_t<T>* scratch, bool streaming) {
+                             accumulate_t<T>* scratch) {
   using A = accumulate_t<T>;
-  const StreamEnd end{streaming};
   if (classes <= kShortClasses) {
     for_each_block_of_rows(rows, [=](int64_t first, int count) {
       A grads[kShortClasses * kBlock], block[kShortClasses * kBlock];
       rows_to_block(grad_output + first * classes, classes, count, grads);
       rows_to_block(output + first * classes, classes, count, block);
       softmax_input_grad_in_block<kLog>(grads, block, classes);
-      block_to_rows(block, grad_input + first * classes, classes, count, streaming);
+      block_to_rows(block, grad_input + first * classes, classes, count);
     });
     return;
   }
   for (int64_t row = 0; row < rows; ++row, grad_output += classes, output += classes, grad_input += classes) {
     const A *g = widened(grad_output, classes, scratch + classes), *y = widened(output, classes, scratch);
-    A* x = computed_at(grad_input, scratch, streaming);
+    A* x = computed_at(grad_input, scratch, false);
     vector_t<A> sums[kUnrolled] = {};
     for_each_vector<A>(
         classes, [&](int64_t c, auto lanes, int k) __attribute__((always_inline)) {
@@ -146,6 +147,6 @@ void softmax_input_grad_rows(const T* grad_output, const T* output, T* grad_inpu
           prefetch(output + classes + c);
           store<A>(x + c, softmax_input_grad_of<kLog>(load<A>(g + c, lanes), load<A>(y + c, lanes), sum), lanes);
         });
-    deliver(x, grad_input, classes, streaming);
+    deliver(x, grad_input, classes, false);
   }
 }

@@ -31,7 +31,7 @@ static inline void write_block(const A* block, T* output, int64_t pitch, int64_t
   for (int64_t c = 0; c < classes; ++c) deliver(block + c * kBlock, output + c * pitch, count, streaming);
 }
 
-// The same for short rows.
+// The same for rows.
 template <class A, class T>
 static inline void rows_to_block(const T* rows, int64_t classes, int count, A* block) {
   constexpr int L = kLanes<A>;
@@ -41,7 +41,8 @@ static inline void rows_to_block(const T* rows, int64_t classes, int count, A* b
         block[c * kBlock + i] = i < count ? static_cast<A>(rows[i * classes + c]) : A(0);
     return;
   }
-  for (int64_t i = 0; i < kBlock * classes; i += 64 / sizeof(T)) prefetch(rows + kBlock * classes + i);
+  if (classes <= kShortClasses)  // the next block fits into L1
+    for (int64_t i = 0; i < kBlock * classes; i += 64 / sizeof(T)) prefetch(rows + kBlock * classes + i);
   for (int i = 0; i < kBlock; i += L)
     for (int64_t tile = 0; tile < classes; tile += L) {
       const int64_t c = tile < classes - L ? tile : classes - L;  // the last tile overlaps the one before it
@@ -49,21 +50,18 @@ static inline void rows_to_block(const T* rows, int64_t classes, int count, A* b
     }
 }
 template <class A, class T>
-static inline void block_to_rows(const A* block, T* rows, int64_t classes, int count, bool streaming) {
+static inline void block_to_rows(const A* block, T* rows, int64_t classes, int count) {
   constexpr int L = kLanes<A>;
-  T staged[kShortClasses * kBlock];
-  T* to = streaming ? staged : rows;
   if (count < kBlock || classes < L) {
     for (int i = 0; i < count; ++i)
-      for (int64_t c = 0; c < classes; ++c) to[i * classes + c] = static_cast<T>(block[c * kBlock + i]);
-  } else {
-    for (int i = 0; i < kBlock; i += L)
-      for (int64_t tile = 0; tile < classes; tile += L) {
-        const int64_t c = tile < classes - L ? tile : classes - L;
-        transpose_square<A>(block + c * kBlock + i, kBlock, to + i * classes + c, classes);
-      }
+      for (int64_t c = 0; c < classes; ++c) rows[i * classes + c] = static_cast<T>(block[c * kBlock + i]);
+    return;
   }
-  if (streaming) stream(staged, rows, count * classes);
+  for (int i = 0; i < kBlock; i += L)
+    for (int64_t tile = 0; tile < classes; tile += L) {
+      const int64_t c = tile < classes - L ? tile : classes - L;
+      transpose_square<A>(block + c * kBlock + i, kBlock, rows + i * classes + c, classes);
+    }
 }
 
 // body(first, count) over the rows in blocks.
