@@ -1,7 +1,10 @@
 // Activations: one loop over the memory of any dense tensor, whatever the order of its dimensions.
 #include "activation.h"
 
+#include <utility>
+
 #include "cpu/common.h"
+#include "cpu/intrinsics.h"
 
 #define MANUAL_OPS_KERNELS "cpu/activation_kernels.h"
 #include "cpu/each_isa.h"
@@ -20,9 +23,11 @@ struct Cpu {
   static void value(const Tensor& input, const Tensor& output, double negative_slope) {
     for_floating_dtype(input.scalar_type(), "activation", [&](auto scalar) {
       using T = decltype(scalar);
+      const T* x = data<T>(input);
+      T* y = mutable_data<T>(output);
+      const bool streaming = x != y && is_streamed<T>(input.numel());
       parallel_for(input.numel(), work(kind), [&](int64_t begin, int64_t end) {
-        MANUAL_OPS_FOR_ISA(
-            activate<kind, T>(data<T>(input) + begin, mutable_data<T>(output) + begin, end - begin, negative_slope));
+        MANUAL_OPS_FOR_ISA(activate<kind, T>(x + begin, y + begin, end - begin, negative_slope, streaming));
       });
     });
   }
@@ -31,10 +36,11 @@ struct Cpu {
   static void product(const Tensor& grad_output, const Tensor& saved, const Tensor& grad_input, double negative_slope) {
     for_floating_dtype(saved.scalar_type(), "activation backward", [&](auto scalar) {
       using T = decltype(scalar);
+      const bool streaming = is_streamed<T>(saved.numel());
       parallel_for(saved.numel(), work(kind), [&](int64_t begin, int64_t end) {
         MANUAL_OPS_FOR_ISA(activate_backward<kind, T>(data<T>(grad_output) + begin, data<T>(saved) + begin,
-                                                      mutable_data<T>(grad_input) + begin, end - begin,
-                                                      negative_slope));
+                                                      mutable_data<T>(grad_input) + begin, end - begin, negative_slope,
+                                                      streaming));
       });
     });
   }

@@ -4,8 +4,11 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cpu/common.h"
+#include "cpu/intrinsics.h"
+#include "cpu/scratch.h"
 
 #define MANUAL_OPS_KERNELS "cpu/cross_entropy_kernels.h"
 #include "cpu/each_isa.h"
@@ -39,14 +42,17 @@ struct RowBlocks : Rows {
 
   int64_t blocks() const { return groups * group_blocks; }
 
-  template <class Body>
+  // body(block, scratch), with room for two slices a lane.
+  template <class A, class Body>
   void for_each_block(const Body& body) const {
     parallel_for(blocks(), 16 * block_rows * std::max<int64_t>(1, classes), [&](int64_t begin, int64_t end) {
+      const Scratch<A> scratch(2 * classes * (strided ? plain::kBlock : 1));
       for (int64_t index = begin; index < end; ++index) {
         const int64_t group = index / group_blocks, first = index % group_blocks * block_rows;
         const int64_t row = group * group_rows + first;
         const int64_t offset = strided ? group * classes * pixels + first : row * classes;
-        body(Block{index, row / (rows / samples), row, offset, std::min(block_rows, group_rows - first)});
+        body(Block{index, row / (rows / samples), row, offset, std::min(block_rows, group_rows - first)},
+             scratch.data());
       }
     });
   }
@@ -69,9 +75,15 @@ class TargetCheck {
         ignore_index_(ignore_index) {}
 
   bool passes(const RowBlocks::Block& block) {
+    const auto is_wrong = [this](int64_t t) {
+      return (static_cast<uint64_t>(t) >= static_cast<uint64_t>(classes_)) & (t != ignore_index_);
+    };
+    const int64_t* const targets = target_ + block.row;
+    int wrong = 0;  // without a branch, as nearly every block is right
+    for (int64_t i = 0; i < block.count; ++i) wrong += is_wrong(targets[i]);
+    if (wrong == 0) return true;
     for (int64_t row = block.row; row < block.row + block.count; ++row) {
-      const int64_t t = target_[row];
-      if ((t >= 0 && t < classes_) || t == ignore_index_) continue;
+      if (!is_wrong(target_[row])) continue;
       int64_t first = first_.load();
       while (row < first && !first_.compare_exchange_weak(first, row)) {
       }
@@ -150,19 +162,22 @@ class Losses {
       for (int64_t i = 0; i < block.count; ++i) loss_[block.row + i] = static_cast<T>(row_loss[i]);
       return;
     }
-    double sum = 0;
-    for (int64_t i = 0; i < block.count; ++i) sum += row_loss[i];
-    partial_[block.index] = sum;
+    // Four sums in turn, which do not wait for each other.
+    const auto sum = [&block](const auto& value) {
+      double sums[4] = {};
+      int64_t i = 0;
+      for (; i + 4 <= block.count; i += 4)
+        for (int lane = 0; lane < 4; ++lane) sums[lane] += value(i + lane);
+      for (; i < block.count; ++i) sums[0] += value(i);
+      return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    };
+    partial_[block.index] = sum([&](int64_t i) { return static_cast<double>(row_loss[i]); });
     if (!mean_) return;
-    double weight_sum = 0;
-    for (int64_t i = 0; i < block.count; ++i) {
-      if (target == nullptr) {
-        weight_sum += rows_.classes > 0;  // as torch: no classes, no rows
-      } else if (target[block.row + i] != ignore_index) {
-        weight_sum += weight[target[block.row + i]];
-      }
-    }
-    partial_weight_[block.index] = weight_sum;
+    partial_weight_[block.index] = sum([&](int64_t i) -> double {
+      if (target == nullptr) return rows_.classes > 0;  // as torch: no classes, no rows
+      const int64_t t = target[block.row + i];
+      return t == ignore_index ? A(0) : weight[t];
+    });
   }
 
   void finish() {
@@ -203,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
       constexpr Target kTarget = kind;
       constexpr bool indexed = kTarget != Target::distribution;
       TargetCheck check(target, rows.classes, ignore_index);
-      rows.for_each_block([&](const RowBlocks::Block& block) {
+      rows.for_each_block<A>([&](const RowBlocks::Block& block, A* scratch) {
         if (indexed && !check.passes(block)) return;
         const A* w = weight.of(block.sample);
         const Smoothing<A> smoothing{static_cast<A>(1 - label_smoothing), soft, weight.sum_of(block.sample),
@@ -214,11 +229,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
         if (rows.strided) {
           MANUAL_OPS_FOR_ISA(cross_entropy_block<kTarget>(data<T>(input) + block.offset, t, w, smoothing, rows.classes,
                                                           rows.pitch, static_cast<int>(block.count), row_loss,
-                                                          maxima + block.row, log_sums + block.row));
+                                                          maxima + block.row, log_sums + block.row, scratch));
         } else {
           MANUAL_OPS_FOR_ISA(cross_entropy_rows<kTarget>(data<T>(input) + block.offset, t, w, smoothing, block.count,
                                                          rows.classes, row_loss, maxima + block.row,
-                                                         log_sums + block.row));
+                                                         log_sums + block.row, scratch));
         }
         if constexpr (indexed)
           losses.add(block, row_loss, data<int64_t>(target), w, ignore_index);
@@ -279,11 +294,12 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
     const RowGrad<T> row_grads(grad_output, denominator, reduction, rows);
     const A soft = static_cast<A>(label_smoothing / std::max<int64_t>(1, rows.classes));
     const A *maxima = data<A>(lse), *log_sums = maxima + rows.rows;
+    const bool streaming = is_streamed<T>(input.numel());
     for_target(target, label_smoothing, [&](auto kind) {
       constexpr Target kTarget = kind;
       constexpr bool indexed = kTarget != Target::distribution;
       TargetCheck check(target, rows.classes, ignore_index);
-      rows.for_each_block([&](const RowBlocks::Block& block) {
+      rows.for_each_block<A>([&](const RowBlocks::Block& block, A* scratch) {
         if (indexed && !check.passes(block)) return;
         const A* w = weight.of(block.sample);
         const Smoothing<A> smoothing{static_cast<A>(1 - label_smoothing), soft, weight.sum_of(block.sample),
@@ -296,11 +312,11 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
         if (rows.strided) {
           MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_block<kTarget>(
               row_grad, data<T>(input) + block.offset, t, w, smoothing, rows.classes, rows.pitch,
-              static_cast<int>(block.count), maxima + block.row, log_sums + block.row, out));
+              static_cast<int>(block.count), maxima + block.row, log_sums + block.row, out, scratch, streaming));
         } else {
-          MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_rows<kTarget>(row_grad, data<T>(input) + block.offset, t, w,
-                                                                    smoothing, block.count, rows.classes,
-                                                                    maxima + block.row, log_sums + block.row, out));
+          MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_rows<kTarget>(
+              row_grad, data<T>(input) + block.offset, t, w, smoothing, block.count, rows.classes, maxima + block.row,
+              log_sums + block.row, out, scratch));
         }
       });
       if (indexed) check.raise("cross_entropy");
@@ -325,7 +341,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
     Losses<T> losses(rows, reduction, made.loss, made.denominator);
     TargetCheck check(target, rows.classes, ignore_index);
     const int64_t between_rows = rows.strided ? 1 : rows.classes;
-    rows.for_each_block([&](const RowBlocks::Block& block) {
+    rows.for_each_block<A>([&](const RowBlocks::Block& block, A*) {
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       const T* x = data<T>(input) + block.offset;
@@ -358,7 +374,7 @@ Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, 
     const RowGrad<T> row_grads(grad_output, denominator, reduction, rows);
     TargetCheck check(target, classes, ignore_index);
     const int64_t between_rows = rows.strided ? 1 : classes;
-    rows.for_each_block([&](const RowBlocks::Block& block) {
+    rows.for_each_block<A>([&](const RowBlocks::Block& block, A*) {
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       T* out = mutable_data<T>(grad_input) + block.offset;

@@ -1,7 +1,10 @@
 // Mean squared error and binary cross-entropy with logits, pointwise or reduced in a fixed order.
 #include "loss.h"
 
+#include <utility>
+
 #include "cpu/common.h"
+#include "cpu/intrinsics.h"
 
 #define MANUAL_OPS_KERNELS "cpu/loss_kernels.h"
 #include "cpu/each_isa.h"
@@ -22,31 +25,32 @@ struct Cpu {
   static void value(const LossOperands& operands, const Tensor& output, bool reduced, double scale) {
     const auto& [input, target, weights] = operands;
     const int64_t count = input.numel();
-    for_floating_dtype(input.scalar_type(), "loss",
-                       [&, &input = input, &target = target, &weights = weights](auto scalar) {
-                         using T = decltype(scalar);
-                         if (!reduced) {
-                           parallel_for(count, work(kind), [&](int64_t begin, int64_t end) {
-                             MANUAL_OPS_FOR_ISA(losses<kind, T>(data<T>(input) + begin, data<T>(target) + begin,
-                                                                data<T>(weights) + begin,
-                                                                mutable_data<T>(output) + begin, end - begin));
-                           });
-                           return;
-                         }
-                         const int64_t blocks = (count + kBlock - 1) / kBlock;
-                         std::vector<double> partial(blocks);
-                         parallel_for(blocks, kBlock * work(kind), [&](int64_t begin, int64_t end) {
-                           for (int64_t block = begin; block < end; ++block) {
-                             const int64_t first = block * kBlock;
-                             MANUAL_OPS_FOR_ISA(sum_losses<kind, T>(data<T>(input) + first, data<T>(target) + first,
-                                                                    data<T>(weights) + first, &partial[block],
-                                                                    std::min(kBlock, count - first)));
-                           }
-                         });
-                         double sum = 0;
-                         for (double part : partial) sum += part;
-                         *mutable_data<T>(output) = static_cast<T>(sum * scale);
-                       });
+    for_floating_dtype(
+        input.scalar_type(), "loss", [&, &input = input, &target = target, &weights = weights](auto scalar) {
+          using T = decltype(scalar);
+          if (!reduced) {
+            const bool streaming = is_streamed<T>(count);
+            parallel_for(count, work(kind), [&](int64_t begin, int64_t end) {
+              MANUAL_OPS_FOR_ISA(losses<kind, T>(data<T>(input) + begin, data<T>(target) + begin,
+                                                 data<T>(weights) + begin, mutable_data<T>(output) + begin, end - begin,
+                                                 streaming));
+            });
+            return;
+          }
+          const int64_t blocks = (count + kBlock - 1) / kBlock;
+          std::vector<double> partial(blocks);
+          parallel_for(blocks, kBlock * work(kind), [&](int64_t begin, int64_t end) {
+            for (int64_t block = begin; block < end; ++block) {
+              const int64_t first = block * kBlock;
+              MANUAL_OPS_FOR_ISA(sum_losses<kind, T>(data<T>(input) + first, data<T>(target) + first,
+                                                     data<T>(weights) + first, &partial[block],
+                                                     std::min(kBlock, count - first)));
+            }
+          });
+          double sum = 0;
+          for (double part : partial) sum += part;
+          *mutable_data<T>(output) = static_cast<T>(sum * scale);
+        });
   }
 
   template <Loss kind>
@@ -56,14 +60,16 @@ struct Cpu {
     for_floating_dtype(
         input.scalar_type(), "loss backward", [&, &input = input, &target = target, &weights = weights](auto scalar) {
           using T = decltype(scalar);
+          const bool streaming = is_streamed<T>(input.numel());
           parallel_for(input.numel(), work(kind), [&](int64_t begin, int64_t end) {
             const T* grad = data<T>(grad_output);
             const T *x = data<T>(input) + begin, *t = data<T>(target) + begin, *w = data<T>(weights) + begin;
             T* result = mutable_data<T>(grad_input) + begin;
             if (reduced) {
-              MANUAL_OPS_FOR_ISA(loss_backward<kind, true, T>(grad, scale, x, t, w, result, end - begin));
+              MANUAL_OPS_FOR_ISA(loss_backward<kind, true, T>(grad, scale, x, t, w, result, end - begin, streaming));
             } else {
-              MANUAL_OPS_FOR_ISA(loss_backward<kind, false, T>(grad + begin, scale, x, t, w, result, end - begin));
+              MANUAL_OPS_FOR_ISA(
+                  loss_backward<kind, false, T>(grad + begin, scale, x, t, w, result, end - begin, streaming));
             }
           });
         });

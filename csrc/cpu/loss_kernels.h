@@ -1,5 +1,6 @@
 // Pointwise losses, their sums and their derivatives by the input; the formulas are those of ops/loss.py.
 // `weights` is pos_weight, read by weighted_logistic alone.
+#include "cpu/vectors.h"
 
 template <Loss kind, class A>
 [[gnu::always_inline]] static inline A loss_value(A x, A t, A weight) {
@@ -22,45 +23,76 @@ template <Loss kind, class A>
   if constexpr (kind == Loss::weighted_logistic) return ((weight - A(1)) * t + A(1)) * vsigmoid(x) - weight * t;
 }
 
+// A chunk of the operands, widened.
 template <Loss kind, class T>
-[[gnu::always_inline]] static inline accumulate_t<T> loss_at(const T* input, const T* target, const T* weights,
-                                                             int64_t i) {
+struct LossChunk {
   using A = accumulate_t<T>;
-  A weight = 1;
-  if constexpr (kind == Loss::weighted_logistic) weight = static_cast<A>(weights[i]);
-  return loss_value<kind>(static_cast<A>(input[i]), static_cast<A>(target[i]), weight);
+  const A *x, *t, *weights;
+
+  [[gnu::always_inline]] A weight(int64_t i) const { return kind == Loss::weighted_logistic ? weights[i] : A(1); }
+  [[gnu::always_inline]] A value(int64_t i) const { return loss_value<kind>(x[i], t[i], weight(i)); }
+  [[gnu::always_inline]] A slope(int64_t i) const { return loss_slope<kind>(x[i], t[i], weight(i)); }
+};
+
+// body(chunk, first, elements) for `count` elements.
+template <Loss kind, class T, class Body>
+[[gnu::always_inline]] static inline void for_each_chunk(const T* input, const T* target, const T* weights,
+                                                         int64_t count, const Body& body) {
+  using A = accumulate_t<T>;
+  A x[kChunk], t[kChunk], w[kChunk];
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int64_t elements = count - first < kChunk ? count - first : kChunk;
+    LossChunk<kind, T> chunk;
+    chunk.x = widened(input + first, elements, x);
+    chunk.t = kind == Loss::identity ? chunk.x : widened(target + first, elements, t);
+    chunk.weights = kind == Loss::weighted_logistic ? widened(weights + first, elements, w) : chunk.x;
+    body(chunk, first, elements);
+  }
 }
 
 template <Loss kind, class T>
-void losses(const T* input, const T* target, const T* weights, T* output, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) output[i] = static_cast<T>(loss_at<kind>(input, target, weights, i));
+void losses(const T* input, const T* target, const T* weights, T* output, int64_t count, bool streaming) {
+  using A = accumulate_t<T>;
+  const StreamEnd end{streaming};
+  A results[kChunk];
+  for_each_chunk<kind>(input, target, weights, count, [&](const auto& chunk, int64_t first, int64_t elements) {
+    A* y = computed_at(output + first, results, streaming);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < elements; ++i) y[i] = chunk.value(i);
+    deliver(y, output + first, elements, streaming);
+  });
 }
 
 // The sum over a block, in independent lanes so that the loop vectorises.
 template <Loss kind, class T>
 void sum_losses(const T* input, const T* target, const T* weights, double* sum, int64_t count) {
   using A = accumulate_t<T>;
-  constexpr int kLanes = 4 * kVectorBytes / sizeof(A);
-  A lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += loss_at<kind>(input, target, weights, i + lane);
+  constexpr int kSums = 4 * kLanes<A>;
+  A lanes[kSums] = {};
   double total = 0;
-  for (; i < count; ++i) total += loss_at<kind>(input, target, weights, i);
-  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  for_each_chunk<kind>(input, target, weights, count, [&](const auto& chunk, int64_t, int64_t elements) {
+    int64_t i = 0;
+    for (; i + kSums <= elements; i += kSums)
+      for (int lane = 0; lane < kSums; ++lane) lanes[lane] += chunk.value(i + lane);
+    for (; i < elements; ++i) total += chunk.value(i);
+  });
+  for (int lane = 0; lane < kSums; ++lane) total += lanes[lane];
   *sum = total;
 }
 
 // grad_output has one value an element, or, for a reduced loss, a single one.
 template <Loss kind, bool reduced, class T>
 void loss_backward(const T* grad_output, double scale, const T* input, const T* target, const T* weights, T* grad_input,
-                   int64_t count) {
+                   int64_t count, bool streaming) {
   using A = accumulate_t<T>;
+  const StreamEnd end{streaming};
   const A common = static_cast<A>(scale) * (reduced ? static_cast<A>(*grad_output) : A(1));
-  for (int64_t i = 0; i < count; ++i) {
-    A weight = 1;
-    if constexpr (kind == Loss::weighted_logistic) weight = static_cast<A>(weights[i]);
-    const A slope = loss_slope<kind>(static_cast<A>(input[i]), static_cast<A>(target[i]), weight);
-    grad_input[i] = static_cast<T>(slope * (reduced ? common : static_cast<A>(grad_output[i])));
-  }
+  A wide_grad[kChunk], results[kChunk];
+  for_each_chunk<kind>(input, target, weights, count, [&](const auto& chunk, int64_t first, int64_t elements) {
+    const A* g = reduced ? &common : widened(grad_output + first, elements, wide_grad);
+    A* y = computed_at(grad_input + first, results, streaming);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < elements; ++i) y[i] = chunk.slope(i) * (reduced ? common : g[i]);
+    deliver(y, grad_input + first, elements, streaming);
+  });
 }

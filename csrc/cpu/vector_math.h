@@ -1,20 +1,24 @@
 // Elementary functions that a plain loop over them vectorises: no branches, no tables, no calls.
 // Included once per instruction set (each_isa.h), hence no include guard.
 //
-// T is float or double. The polynomials are minimax approximations; the errors stated are the largest seen against
-// a wider type, over millions of values, in units of the result's last place.
+// T is float or double; what is written over V takes vectors of them as well (vectors.h). The polynomials are minimax
+// approximations; the errors stated are the largest seen against a wider type, over millions of values, in units of the
+// result's last place.
 
-// The layout of T, and 1.5 * 2^mantissa: adding it rounds to a whole number, which lands in the lowest bits.
-template <class T>
+// The layout of T or of a vector's elements, and 1.5 * 2^mantissa: adding it rounds to a whole number, which lands in
+// the lowest bits.
+template <class V>
 struct FloatFormat;
 template <>
 struct FloatFormat<float> {
+  using Element = float;
   using Bits = uint32_t;
   static constexpr int mantissa = 23;
   static constexpr float rounder = 12582912.0f;
 };
 template <>
 struct FloatFormat<double> {
+  using Element = double;
   using Bits = uint64_t;
   static constexpr int mantissa = 52;
   static constexpr double rounder = 6755399441055744.0;
@@ -28,12 +32,12 @@ template <class To, class From>
 }
 
 // c0 + c1*x + c2*x^2 + ...
-template <class T>
-[[gnu::always_inline]] static inline T polynomial(T, T c) {
+template <class V, class T>
+[[gnu::always_inline]] static inline T polynomial(V, T c) {
   return c;
 }
-template <class T, class... Rest>
-[[gnu::always_inline]] static inline T polynomial(T x, T c, Rest... rest) {
+template <class V, class T, class... Rest>
+[[gnu::always_inline]] static inline V polynomial(V x, T c, Rest... rest) {
   return c + x * polynomial(x, rest...);
 }
 
@@ -48,56 +52,59 @@ template <class T>
   return x > high ? high : x;
 }
 
-// The nearest whole number, for |x| < 2^(mantissa-1).
-template <class T>
-[[gnu::always_inline]] static inline T nearest(T x) {
-  return (x + FloatFormat<T>::rounder) - FloatFormat<T>::rounder;
-}
-
-// 2^n for a whole n within the normal exponents.
-template <class T>
-[[gnu::always_inline]] static inline T power_of_two(T n) {
-  constexpr T bias = std::numeric_limits<T>::max_exponent - 1;
-  return bit_cast<T>(bit_cast<typename FloatFormat<T>::Bits>(n + (FloatFormat<T>::rounder + bias))
-                     << FloatFormat<T>::mantissa);
-}
-
-// x = n*log(2) + r with a whole n and |r| <= log(2)/2, log(2) in two pieces so that n * high is exact.
-[[gnu::always_inline]] static inline void reduce_exp(float x, float& n, float& r) {
-  n = nearest(x * 1.44269504088896341f);
-  r = (x - n * 0.693145751953125f) - n * 1.4286068203094173e-6f;
-}
-[[gnu::always_inline]] static inline void reduce_exp(double x, double& n, double& r) {
-  n = nearest(x * 1.44269504088896341);
-  r = (x - n * 0.6931471805592082) - n * 7.371002565167799e-13;
-}
-
-// exp(r) - 1 for |r| <= log(2)/2.
-[[gnu::always_inline]] static inline float reduced_expm1(float r) {
-  const float p = polynomial(r, 0.5f, 0.16666667f, 0.041666467f, 0.008333286f, 0.0013933653f, 0.00019907548f);
-  return r * r * p + r;
-}
-[[gnu::always_inline]] static inline double reduced_expm1(double r) {
-  const double p = polynomial(r, 0.5, 0.16666666666666674, 0.04166666666662412, 0.008333333333322207,
-                              0.0013888888917217457, 0.00019841269886591, 2.4801521290973345e-05,
-                              2.7557242336680357e-06, 2.7620090518499427e-07, 2.5110049895858716e-08);
-  return r * r * p + r;
-}
-
-// exp(x + tail) for every x and a tail much smaller than x: infinite above the largest finite result, gradual underflow
-// below the smallest normal one. 1.2 ulp.
-template <class T>
-[[gnu::always_inline]] static inline T vexp(T x, T tail) {
+// x as n*log(2) + r with a whole n and |r| <= log(2)/2, and 2^(n + lift), for n + lift within the normal exponents.
+// log(2) is in two pieces, so that n * high is exact.
+template <class V>
+struct Reduced {
+  V r, scale;
+};
+template <int lift, class V>
+[[gnu::always_inline]] static inline Reduced<V> reduce_exp(V x) {
+  using Format = FloatFormat<V>;
+  using T = typename Format::Element;
   constexpr bool single = sizeof(T) == 4;
-  T n, r;
-  reduce_exp(clamp<T>(x, single ? -104.0 : -746.0, single ? 89.0 : 710.0), n, r);
-  const T half = nearest(n * T(0.5));  // 2^n itself may lie beyond the normal exponents; p * 2^half does not.
-  return (reduced_expm1(r + tail) + T(1)) * power_of_two(half) * power_of_two(n - half);
+  constexpr T log2_e = 1.44269504088896341;
+  constexpr T high = single ? 0.693145751953125 : 0.6931471805592082;
+  constexpr T low = single ? 1.4286068203094173e-6 : 7.371002565167799e-13;
+  constexpr T rounder = Format::rounder + T(std::numeric_limits<T>::max_exponent - 1 + lift);
+  const V shifted = x * log2_e + rounder;  // its lowest bits are the exponent of the scale
+  const V n = shifted - rounder;
+  return {(x - n * high) - n * low, bit_cast<V>(bit_cast<typename Format::Bits>(shifted) << Format::mantissa)};
 }
 
+// (exp(r) - 1 - r) / r^2 for |r| <= log(2)/2.
+template <class V>
+[[gnu::always_inline]] static inline V exp_remainder(V r) {
+  if constexpr (sizeof(typename FloatFormat<V>::Element) == 4)
+    return polynomial(r, 0.49999997f, 0.16666546f, 0.041667443f, 0.008366253f, 0.0013869946f);
+  else
+    return polynomial(r, 0.5, 0.16666666666666674, 0.04166666666662412, 0.008333333333322207, 0.0013888888917217457,
+                      0.00019841269886591, 2.4801521290973345e-05, 2.7557242336680357e-06, 2.7620090518499427e-07,
+                      2.5110049895858716e-08);
+}
+
+// The smallest argument of an exponential: the result is zero from there.
 template <class T>
-[[gnu::always_inline]] static inline T vexp(T x) {
-  return vexp(x, T(0));
+constexpr T lowest_exponent = sizeof(T) == 4 ? T(-104) : T(-746);
+
+// exp(x + tail) for x between a little below lowest_exponent and 40, and a tail much smaller than x. Gradual underflow:
+// the scale is lifted into the normal exponents, and the product lowered again. 1.3 ulp.
+template <class V>
+[[gnu::always_inline]] static inline V bounded_exp(V x, V tail) {
+  using T = typename FloatFormat<V>::Element;
+  constexpr bool single = sizeof(T) == 4;
+  constexpr int lift = single ? 64 : 512;
+  constexpr T lower = single ? 0x1p-64 : 0x1p-512;
+  const auto [reduced, scale] = reduce_exp<lift>(x);
+  const V r = reduced + tail;
+  return polynomial(r, T(1), T(1), exp_remainder(r)) * scale * lower;
+}
+
+// exp(x) for x <= 40: no exponential here has a larger argument.
+template <class V>
+[[gnu::always_inline]] static inline V vexp(V x) {
+  constexpr auto lowest = lowest_exponent<typename FloatFormat<V>::Element>;
+  return bounded_exp(lowest > x ? lowest : x, -V{});  // x + -0 is x: the compiler leaves it out
 }
 
 // log(2^n * (1 + f)) for 1 + f between sqrt(1/2) and sqrt(2): with s = f / (2 + f),
@@ -143,20 +150,18 @@ template <class T>
   return log_of_parts(upper ? T(1) : T(0), upper ? (x - T(1)) * T(0.5) : x);
 }
 
-// 1 / (1 + exp(-x)), with full relative accuracy down to the subnormal results. 2.6 ulp.
+// 1 / (1 + exp(-x)), with full relative accuracy down to the subnormal results. 2.3 ulp.
 template <class T>
 [[gnu::always_inline]] static inline T vsigmoid(T x) {
   const T z = vexp(-magnitude(x));
-  const T upper = T(1) / (T(1) + z);
-  return x < T(0) ? z * upper : upper;
+  return (x < T(0) ? z : T(1)) / (T(1) + z);
 }
 
 // tanh(x) = -m / (2 + m), m = exp(-2x) - 1, for x > 0; odd. 2.7 ulp.
 template <class T>
 [[gnu::always_inline]] static inline T vtanh(T x) {
-  T n, r;
-  reduce_exp(T(-2) * clamp<T>(magnitude(x), 0, 22), n, r);
-  const T scale = power_of_two(n), m = reduced_expm1(r) * scale + (scale - T(1));
+  const auto [r, scale] = reduce_exp<0>(T(-2) * clamp<T>(magnitude(x), 0, 22));
+  const T m = (r * r * exp_remainder(r) + r) * scale + (scale - T(1));
   const T positive = m / (T(2) + m);  // negative: its sign is replaced
   return sizeof(T) == 4 ? __builtin_copysignf(positive, x) : __builtin_copysign(positive, x);
 }
@@ -169,9 +174,9 @@ struct Normal {
 
 // Phi(-t) * exp(t^2/2) in y = 1 / (1 + k*t), for t >= 0 up to where Phi(-t) vanishes: y times a polynomial around 1/2.
 [[gnu::always_inline]] static inline float scaled_normal_tail(float t) {
-  const float w = 0.2109375f * t / (1.0f + 0.2109375f * t);
-  return (1.0f - w) * polynomial(0.5f - w, 0.16164269f, 0.2755369f, 0.397541f, 0.4776684f, 0.46274933f, 0.33738858f,
-                                 0.1515946f, -0.008950368f, -0.068837665f);
+  const float y = 1.0f / (1.0f + 0.3046875f * t);
+  return y * polynomial(y - 0.5f, 0.22498225f, 0.33091697f, 0.34113595f, 0.20810232f, 0.014114829f, -0.08049691f,
+                        -0.025057934f, 0.036790498f);
 }
 [[gnu::always_inline]] static inline double scaled_normal_tail(double t) {
   const double w = 0.171875 * t / (1.0 + 0.171875 * t);
@@ -183,16 +188,30 @@ struct Normal {
                                 0.003682981023059163, 0.0015604365183359238, -0.0015396312795617725);
 }
 
+// x^2 as `high` + `low`, rounded and what the rounding took. Without fused operations `high` is exact by having half
+// the digits.
+template <class T>
+[[gnu::always_inline]] static inline void exact_square(T x, T& high, T& low) {
+#ifdef __FMA__
+  high = x * x;
+  low = sizeof(T) == 4 ? __builtin_fmaf(x, x, -high) : __builtin_fma(x, x, -high);
+#else
+  using Bits = typename FloatFormat<T>::Bits;
+  const T head = bit_cast<T>(bit_cast<Bits>(x) & ~((Bits(1) << (FloatFormat<T>::mantissa / 2 + 1)) - 1));
+  high = head * head;
+  low = (x - head) * (x + head);
+#endif
+}
+
 // One exponential gives both. No cancellation, so Phi has its full relative accuracy far below zero, where
-// (1 + erf) / 2 has none left. Phi: 6 ulp above -3, 11 below; density: 2.2 ulp.
+// (1 + erf) / 2 has none left. Phi: 7 ulp above -3, 8 below; density: 2.2 ulp.
 template <class T>
 [[gnu::always_inline]] static inline Normal<T> vnormal(T x) {
-  using Bits = typename FloatFormat<T>::Bits;
-  const T t = clamp<T>(magnitude(x), 0, 40);
-  // t^2 = head^2 + (t - head) * (t + head), the first exact: a rounded square would cost the exponential its last
-  // digits.
-  const T head = bit_cast<T>(bit_cast<Bits>(t) & ~((Bits(1) << (FloatFormat<T>::mantissa / 2 + 1)) - 1));
-  const T decay = vexp(T(-0.5) * head * head, T(-0.5) * (t - head) * (t + head));
+  constexpr T limit = sizeof(T) == 4 ? 14.45 : 38.65;  // exp(-limit^2/2) is zero; a second bound below costs a third
+  const T t = magnitude(x) > limit ? limit : magnitude(x);
+  T high, low;  // a rounded square would cost the exponential its last digits
+  exact_square(t, high, low);
+  const T decay = bounded_exp(T(-0.5) * high, T(-0.5) * low);
   const T tail = decay * scaled_normal_tail(t);
   return {x < T(0) ? tail : T(1) - tail, decay * T(0.39894228040143268)};
 }

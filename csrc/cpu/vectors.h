@@ -1,0 +1,266 @@
+// Vectors of the instruction set's width, and the ways of values between memory and vectors: conversions from and to
+// the 16-bit types, transposes, and stores that pass the caches by. Included by kernel headers, once per instruction
+// set, hence no include guard; cpu/intrinsics.h comes before, outside.
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<int32_t> {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<uint32_t> {
+  typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<uint64_t> {
+  typedef uint64_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using vector_t = typename VectorOf<A>::type;
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+// So that vector_math.h's functions take vectors too.
+template <>
+struct FloatFormat<vector_t<float>> : FloatFormat<float> {
+  using Bits = vector_t<uint32_t>;
+};
+template <>
+struct FloatFormat<vector_t<double>> : FloatFormat<double> {
+  using Bits = vector_t<uint64_t>;
+};
+
+// The upper halves of bfloat16 after rounding to nearest, ties to even; a NaN stays one.
+[[gnu::always_inline]] static inline vector_t<int32_t> rounded_bfloat16(vector_t<float> vector) {
+  const vector_t<int32_t> bits = reinterpret_cast<vector_t<int32_t>>(vector), nan = vector != vector;
+  const vector_t<int32_t> rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+  return (rounded & ~nan) | (nan & 0x7fc0);
+}
+
+// A vector's worth of T as A, and back. GCC takes loops over lanes that convert, and __builtin_convertvector, apart
+// into single elements; hence the instructions by name.
+template <class A, class T>
+[[gnu::always_inline]] static inline vector_t<A> load_vector(const T* p) {
+  typedef vector_t<A> Vector;
+  if constexpr (std::is_same_v<A, T>) {
+    Vector loaded;
+    __builtin_memcpy(&loaded, p, sizeof(loaded));
+    return loaded;
+  }
+#if defined(__x86_64__)
+  constexpr bool k512 = sizeof(Vector) == 64 && sizeof(A) == 4, k256 = sizeof(Vector) == 32 && sizeof(A) == 4;
+  if constexpr (k512 && std::is_same_v<T, BFloat16>) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return reinterpret_cast<Vector>(_mm512_slli_epi32(wide, 16));
+  }
+  if constexpr (k256 && std::is_same_v<T, BFloat16>) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return reinterpret_cast<Vector>(_mm256_slli_epi32(wide, 16));
+  }
+  if constexpr (k512 && std::is_same_v<T, Half>)
+    return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  if constexpr (k256 && std::is_same_v<T, Half>)
+    return reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+  A values[kLanes<A>];
+  for (int lane = 0; lane < kLanes<A>; ++lane) values[lane] = static_cast<A>(p[lane]);
+  Vector loaded;
+  __builtin_memcpy(&loaded, values, sizeof(loaded));
+  return loaded;
+}
+
+template <class A, class T>
+[[gnu::always_inline]] static inline void store_vector(T* p, vector_t<A> vector) {
+  if constexpr (std::is_same_v<A, T>) {
+    __builtin_memcpy(p, &vector, sizeof(vector));
+    return;
+  }
+#if defined(__x86_64__)
+  constexpr bool k512 = sizeof(vector) == 64 && sizeof(A) == 4, k256 = sizeof(vector) == 32 && sizeof(A) == 4;
+  if constexpr (k512 && std::is_same_v<T, BFloat16>)
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                               _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded_bfloat16(vector))));
+  if constexpr (k256 && std::is_same_v<T, BFloat16>) {
+    const __m256i wide = reinterpret_cast<__m256i>(rounded_bfloat16(vector));
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                            _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+  }
+  if constexpr (k512 && std::is_same_v<T, Half>)
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                               _mm512_cvtps_ph(reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (k256 && std::is_same_v<T, Half>)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                            _mm256_cvtps_ph(reinterpret_cast<__m256>(vector), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  A values[kLanes<A>];
+  __builtin_memcpy(values, &vector, sizeof(vector));
+  for (int lane = 0; lane < kLanes<A>; ++lane) p[lane] = static_cast<T>(values[lane]);
+}
+
+// The lanes of a vector that are in use: all of them, or the first few.
+struct AllLanes {};
+struct FirstLanes {
+  int count;
+};
+
+// A vector whose lanes that are not in use hold `padding`; and a store of those in use.
+template <class A, class T>
+[[gnu::always_inline]] static inline vector_t<A> load(const T* p, AllLanes, A = 0) {
+  return load_vector<A>(p);
+}
+template <class A, class T>
+[[gnu::always_inline]] static inline vector_t<A> load(const T* p, FirstLanes lanes, A padding = 0) {
+  A values[kLanes<A>];
+  for (int lane = 0; lane < kLanes<A>; ++lane) values[lane] = padding;
+  for (int lane = 0; lane < lanes.count; ++lane) values[lane] = static_cast<A>(p[lane]);
+  return load_vector<A>(values);
+}
+template <class A, class T>
+[[gnu::always_inline]] static inline void store(T* p, vector_t<A> vector, AllLanes) {
+  store_vector<A>(p, vector);
+}
+template <class A, class T>
+[[gnu::always_inline]] static inline void store(T* p, vector_t<A> vector, FirstLanes lanes) {
+  A values[kLanes<A>];
+  store_vector<A>(values, vector);
+  for (int lane = 0; lane < lanes.count; ++lane) p[lane] = static_cast<T>(values[lane]);
+}
+
+// body(at, lanes, k) for the vectors of `count` elements; k counts up to kUnrolled, for as many sums in registers.
+constexpr int kUnrolled = 4;
+template <class A, class Body>
+[[gnu::always_inline]] static inline void for_each_vector(int64_t count, const Body& body) {
+  constexpr int L = kLanes<A>;
+  int64_t at = 0;
+  for (; at + kUnrolled * L <= count; at += kUnrolled * L) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kUnrolled; ++k) body(at + k * L, AllLanes{}, k);
+  }
+  for (; at + L <= count; at += L) body(at, AllLanes{}, 0);
+  if (at < count) body(at, FirstLanes{static_cast<int>(count - at)}, 0);
+}
+
+template <class T>
+[[gnu::always_inline]] static inline void prefetch(const T* p) {
+  __builtin_prefetch(p);
+}
+
+// Copies past the caches: whole lines are written without being read before.
+template <class T>
+static inline void stream(const T* from, T* to, int64_t count) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  constexpr int64_t step = kVectorBytes / sizeof(T);
+  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
+  for (; i < head && i < count; ++i) to[i] = from[i];
+  for (; i + step <= count; i += step) {
+    if constexpr (kVectorBytes == 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    else if constexpr (kVectorBytes == 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+    else
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  }
+#endif
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+// Other threads see what was streamed once this has gone out of scope.
+struct StreamEnd {
+  bool streaming;
+  ~StreamEnd() {
+#if defined(__x86_64__)
+    if (streaming) _mm_sfence();
+#endif
+  }
+};
+
+// Elements worked on at a time where they go through a buffer: 4 KiB of float, which stays in L1.
+constexpr int kChunk = 1024;
+
+// The elements of `p` as A: in place, or widened in `buffer`.
+template <class A, class T>
+static inline const A* widened(const T* p, int64_t count, A* buffer) {
+  if constexpr (std::is_same_v<A, T>) {
+    return p;
+  } else {
+    for_each_vector<A>(count,
+                       [=](int64_t at, auto lanes, int) { store<A>(buffer + at, load<A>(p + at, lanes), lanes); });
+    return buffer;
+  }
+}
+
+// Where results are computed: in place, or in `buffer`, from which deliver() narrows or streams them.
+template <class A, class T>
+static inline A* computed_at(T* out, A* buffer, bool streaming) {
+  if constexpr (std::is_same_v<A, T>)
+    if (!streaming) return out;
+  return buffer;
+}
+template <class A, class T>
+static inline void deliver(const A* values, T* out, int64_t count, bool streaming) {
+  if constexpr (std::is_same_v<A, T>) {
+    if (streaming) return stream(values, out, count);
+    if (values == out) return;
+  }
+  const auto narrow = [](const A* from, T* to, int64_t elements) {
+    for_each_vector<A>(elements,
+                       [=](int64_t at, auto lanes, int) { store<A>(to + at, load<A>(from + at, lanes), lanes); });
+  };
+  if (!streaming) return narrow(values, out, count);
+  T chunk[kChunk];
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int64_t elements = count - first < kChunk ? count - first : kChunk;
+    narrow(values + first, chunk, elements);
+    stream(chunk, out + first, elements);
+  }
+}
+
+// One step of a matrix transpose: swaps the off-diagonal squares of size kSquare between rows a and b.
+template <int kSquare, class V, int... kLane>
+[[gnu::always_inline]] static inline void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  const V first = __builtin_shufflevector(a, b, (kLane & kSquare ? L + kLane - kSquare : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kSquare ? L + kLane : kLane + kSquare)...);
+  a = first;
+}
+
+// Keeps GCC from looking through a vector at what it was made of.
+template <class V>
+[[gnu::always_inline]] static inline void pin(V& vector) {
+#if defined(__x86_64__)
+  asm("" : "+v"(vector));
+#endif
+}
+
+template <int kSquare, class A>
+[[gnu::always_inline]] static inline void transpose_from(vector_t<A>* rows) {
+  if constexpr (kSquare > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i)
+      if (!(i & kSquare)) exchange<kSquare>(rows[i], rows[i + kSquare], std::make_integer_sequence<int, kLanes<A>>());
+    transpose_from<kSquare / 2, A>(rows);
+  }
+}
+
+// A square of kLanes x kLanes elements, its rows `pitch` apart, written as columns.
+template <class A, class From, class To>
+[[gnu::always_inline]] static inline void transpose_square(const From* from, int64_t pitch, To* to, int64_t to_pitch) {
+  constexpr int L = kLanes<A>;
+  vector_t<A> rows[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) pin(rows[i] = load_vector<A>(from + i * pitch));
+  transpose_from<L / 2, A>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store_vector<A>(to + i * to_pitch, rows[i]);
+}
