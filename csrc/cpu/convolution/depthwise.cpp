@@ -21,7 +21,7 @@ struct Operand {
 
 // From destination to destination, and from tap to tap.
 struct InputPitches {
-  int64_t next_row, next_column, tap_row, tap_column;
+  int64_t next_row, next_column, tap_row, tap_column, ahead_input, ahead_grad;
 };
 
 // What one unit of parallel work computes, and the sources that it reads.
@@ -43,10 +43,15 @@ namespace {
 constexpr int64_t kMostLanes = 16;
 // The copies of a part lie in the second-level cache, next to what is being read and written.
 constexpr int64_t kCopyBytes = 256 * 1024;
+// A tensor of this size has left the caches before it is read again.
+constexpr int64_t kCachedBytes = 16 * 1024 * 1024;
 // So many columns of a copy, and of a result.
 constexpr int64_t kMostColumns = 512;
+constexpr int64_t kLeastPixels = 56;
 // At least so many parts, for threads to share, where there are as many images, channels and rows.
 constexpr int64_t kLeastParts = 64;
+// Weight gradients of channels_last tensors are summed in so many shares.
+constexpr int64_t kShares = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -70,19 +75,25 @@ struct ChannelVectors {
 struct PartList {
   int64_t images, depths, row_blocks, column_blocks;
 
-  // `planes`: of the source that are copied together; `bytes` of a vector.
-  PartList(const Gather& plan, int64_t planes, int64_t bytes, int64_t vectors) {
+  // Blocks whose copies, of `bytes` a pixel, fit into the cache, in parts enough for `vectors` vectors of channels.
+  PartList(const Gather& plan, int64_t bytes, int64_t vectors) : PartList(plan) {
     const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
-    images = plan.batch, depths = plan.axis[0].destination;
     column_blocks = ceil_div(width.destination, kMostColumns);
     const Range columns = reach(width, {0, ceil_div(width.destination, column_blocks)});
     int64_t rows = height.destination;
     const auto too_large = [&] {
-      return planes * reach(height, {0, rows}).size() * columns.size() * bytes > kCopyBytes ||
+      return reach(height, {0, rows}).size() * columns.size() * bytes > kCopyBytes ||
              images * depths * vectors * column_blocks * ceil_div(height.destination, rows) < kLeastParts;
     };
     while (rows > 8 && too_large()) rows = ceil_div(rows, 2);
     row_blocks = ceil_div(height.destination, rows);
+  }
+
+  // Whole rows, as few as sums in registers are worth their start for.
+  explicit PartList(const Gather& plan)
+      : images(plan.batch), depths(plan.axis[0].destination), column_blocks(1) {
+    const int64_t rows = ceil_div(kLeastPixels, plan.axis[2].destination);
+    row_blocks = ceil_div(plan.axis[1].destination, rows);
   }
 
   int64_t count() const { return images * depths * row_blocks * column_blocks; }
@@ -151,24 +162,19 @@ void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool chann
 
   if constexpr (std::is_same_v<T, A>) {
     if (in_place<T>(plan, channels_last, lanes)) {
-      // Two vectors of channels at a time: their rows stay in the first-level cache until the next row has read them.
-      const int64_t pairs = ceil_div(vectors.count, 2);
-      const int64_t rows = plan.batch * plan.axis[0].destination * height.destination;
-      parallel_for(pairs * rows, width.destination * taps / 4, [&](int64_t begin, int64_t end) {
-        std::vector<DepthwiseTap> list(taps);
-        while (begin < end) {
-          const int64_t pair = begin / rows, last = std::min(end, (pair + 1) * rows);
-          MANUAL_OPS_FOR_ISA(depthwise_rows(plan, vectors.first(2 * pair),
-                                            std::min<int64_t>(2, vectors.count - 2 * pair), begin - pair * rows,
-                                            last - pair * rows, source, packed.data(), wide_bias.data(), destination,
-                                            list.data()));
-          begin = last;
-        }
-      });
+      const int64_t bytes = plan.batch * plan.destination.image * sizeof(A);
+      const bool past_caches = bytes >= kCachedBytes && plan.groups % lanes == 0 &&
+                               reinterpret_cast<uintptr_t>(destination) % (lanes * sizeof(A)) == 0;
+      parallel_for(plan.batch * plan.axis[0].destination * height.destination,
+                   width.destination * plan.groups * taps / 8, [&](int64_t begin, int64_t end) {
+                     std::vector<DepthwiseTap> list(taps);
+                     MANUAL_OPS_FOR_ISA(depthwise_rows(plan, begin, end, source, packed.data(), wide_bias.data(),
+                                                       destination, past_caches, list.data()));
+                   });
       return;
     }
   }
-  const PartList parts(plan, copied_planes(plan), lanes * sizeof(A), vectors.count);
+  const PartList parts(plan, copied_planes(plan) * lanes * sizeof(A), vectors.count);
   const auto [sources, destinations] = parts.pixels(plan);
   // Of the result so many rows at a time that they are turned back in whole squares.
   const int64_t columns = ceil_div(width.destination, parts.column_blocks);
@@ -194,24 +200,29 @@ void depthwise_weight_grad(const Gather& plan, const WeightLayout& layout, bool 
   const int64_t lanes = vector_lanes<A>(), taps = plan.taps();
   const ChannelVectors vectors(lanes, plan.groups);
   const bool direct = in_place<T>(plan, channels_last, lanes);
-  const PartList parts(plan, copied_planes(plan), lanes * sizeof(A), vectors.count);
+  const PartList parts =
+      direct ? PartList(plan) : PartList(plan, copied_planes(plan) * lanes * sizeof(A), vectors.count);
   const auto [sources, destinations] = parts.pixels(plan);
   const int64_t columns = ceil_div(plan.axis[2].destination, parts.column_blocks);
-  // The parts are summed in shares, whose sums are added in their order: threads do not show in the bits.
-  const int64_t shares = std::min(parts.count(), ceil_div(kLeastParts, vectors.count));
+  // The parts are summed in shares, whose sums are added in their order: threads do not show in the bits. In place, all
+  // channels of a share are one item of work, so that rows are read from end to end.
+  const int64_t shares = std::min(parts.count(), direct ? kShares : ceil_div(kLeastParts, vectors.count));
+  const int64_t together = direct ? vectors.count : 1;
   std::vector<A> sums(shares * vectors.count * taps * lanes);
-  parallel_for(shares * vectors.count, parts.count() / shares * destinations * taps / 4, [&](int64_t begin, int64_t end) {
+  const int64_t work = parts.count() / shares * destinations * together * taps / 4;
+  parallel_for(shares * vectors.count / together, work, [&](int64_t begin, int64_t end) {
     const int64_t copied = direct ? 0 : copied_planes(plan) * sources * lanes;
     const Scratch<A> copy(copied), grad(direct ? 0 : destinations * lanes);
     std::fill(copy.data(), copy.data() + copied, A(0));
     if (!direct) std::fill(grad.data(), grad.data() + destinations * lanes, A(0));
     std::vector<uint8_t> inside(columns);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t vector = item % vectors.count, share = item / vectors.count;
+      const int64_t share = item * together / vectors.count, first = item * together % vectors.count;
       for (int64_t index = parts.count() * share / shares; index < parts.count() * (share + 1) / shares; ++index)
-        MANUAL_OPS_FOR_ISA(depthwise_weight_grad_part(
-            plan, parts.part(plan, index, vectors.first(vector), vectors.lanes), direct, input, grad_output,
-            sums.data() + item * taps * lanes, copy.data(), grad.data(), inside.data()));
+        for (int64_t vector = first; vector < first + together; ++vector)
+          MANUAL_OPS_FOR_ISA(depthwise_weight_grad_part(
+              plan, parts.part(plan, index, vectors.first(vector), vectors.lanes), direct, input, grad_output,
+              sums.data() + (share * vectors.count + vector) * taps * lanes, copy.data(), grad.data(), inside.data()));
     }
   });
   for (int64_t channel = 0; channel < plan.groups; ++channel) {

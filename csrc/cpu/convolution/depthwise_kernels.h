@@ -18,6 +18,28 @@ inline void for_taps(const GatherAxis& axis, int64_t position, const Body& body)
   }
 }
 
+// Stores around the caches: of what is larger than they are, nothing would be left to read, and a line that is
+// overwritten whole need not be fetched first. `to` is aligned to a vector.
+template <class V>
+inline void store_past_caches(V lanes, void* to) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64)
+    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(to)) : "v"(lanes));
+  else if constexpr (kVectorBytes == 32)
+    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(to)) : "x"(lanes));
+  else
+    asm volatile("movntps %1, %0" : "=m"(*static_cast<V*>(to)) : "x"(lanes));
+#else
+  *static_cast<V*>(to) = lanes;
+#endif
+}
+
+inline void finish_stores_past_caches() {
+#if defined(__x86_64__)
+  asm volatile("sfence" ::: "memory");
+#endif
+}
+
 // The destinations q of one column phase of one row, for some vectors of channels.
 template <class A>
 struct DepthwiseRow {
@@ -27,6 +49,8 @@ struct DepthwiseRow {
   const DepthwiseTap* taps;
   int64_t tap_count, begin, end;
   int64_t vectors, last_channel;  // the last vector starts no later than there, and overlaps the one before
+  int64_t ahead;                  // from the last source to those that the next row is the first to read; 0: in a cache
+  bool past_caches;
 };
 
 // kPixels destinations of one vector of channels. An entry of the list is kTaps neighbouring taps: each source that
@@ -58,10 +82,21 @@ inline void depthwise_tile(const DepthwiseRow<A>& row, int64_t channel, int64_t 
       asm("" : "+r"(at));  // one index that moves on, not an address in a register for each source
     }
   }
+  if (row.ahead != 0 && row.tap_count > 0) {
+    const A* next = row.source + (row.taps[row.tap_count - 1].source + row.ahead + first * row.pitch + channel);
+    for (int u = 0; u < kPixels * kStep; ++u, next += row.pitch) __builtin_prefetch(next);
+    if (kStep == 2) {
+      next += row.ahead / kStep - kPixels * kStep * row.pitch;
+      for (int u = 0; u < kPixels * kStep; ++u, next += row.pitch) __builtin_prefetch(next);
+    }
+  }
   A* to = row.to + q * row.to_pitch + channel;
 #pragma GCC unroll 16
   for (int i = 0; i < kPixels; ++i) {
-    store_lanes(sum[i], to);
+    if (row.past_caches)
+      store_past_caches(sum[i], to);
+    else
+      store_lanes(sum[i], to);
     to += row.to_pitch;
     asm("" : "+r"(to));
   }
@@ -105,7 +140,7 @@ static int64_t taps_at_once(const GatherAxis& width, int64_t phase) {
 // Source (z, y, x) is where `from` says, z counted from the first depth that a tap reads if the operand is packed.
 template <class A>
 void depthwise_row(const Gather& plan, int64_t depth, int64_t row, Range columns, const Operand& from, const A* source,
-                   const A* weight, const A* bias, A* to, int64_t to_pitch, int64_t vectors, int64_t last_channel,
+                   const A* weight, const A* bias, A* to, int64_t to_pitch, int64_t vectors, bool past_caches,
                    DepthwiseTap* taps) {
   const GatherAxis& width = plan.axis[2];
   const int64_t weight_pitch = plan.groups;
@@ -138,7 +173,9 @@ void depthwise_row(const Gather& plan, int64_t depth, int64_t row, Range columns
                               q.begin,
                               q.end,
                               vectors,
-                              last_channel};
+                              vectors == 1 ? 0 : plan.groups - kLanes<A>,
+                              from.packed ? 0 : plan.axis[1].step * from.row,
+                              past_caches};
     switch (at_once == 1 ? 1 : width.step * 10 + at_once) {
       case 13:
         depthwise_columns<A, 3, 1>(run);
@@ -166,18 +203,19 @@ void depthwise_row(const Gather& plan, int64_t depth, int64_t row, Range columns
 
 // Rows begin .. end of the destination, numbered through the images, in place: the tensors are channels_last.
 template <class A>
-void depthwise_rows(const Gather& plan, int64_t channel, int64_t vectors, int64_t begin, int64_t end, const A* source,
-                    const A* weight, const A* bias, A* destination, DepthwiseTap* taps) {
+void depthwise_rows(const Gather& plan, int64_t begin, int64_t end, const A* source, const A* weight, const A* bias,
+                    A* destination, bool past_caches, DepthwiseTap* taps) {
   const int64_t height = plan.axis[1].destination, depths = plan.axis[0].destination;
+  const int64_t vectors = (plan.groups + kLanes<A> - 1) / kLanes<A>;
   for (int64_t index = begin; index < end; ++index) {
     const int64_t row = index % height, depth = index / height % depths, image = index / height / depths;
-    const Operand from{image * plan.source.image + channel, plan.source.axis[0], plan.source.axis[1],
-                       plan.source.axis[2], false};
+    const Operand from{image * plan.source.image, plan.source.axis[0], plan.source.axis[1], plan.source.axis[2], false};
     A* to = destination + image * plan.destination.image + depth * plan.destination.axis[0] +
-            row * plan.destination.axis[1] + channel;
-    depthwise_row(plan, depth, row, {0, plan.axis[2].destination}, from, source, weight + channel, bias + channel, to,
-                  plan.destination.axis[2], vectors, plan.groups - kLanes<A> - channel, taps);
+            row * plan.destination.axis[1];
+    depthwise_row(plan, depth, row, {0, plan.axis[2].destination}, from, source, weight, bias, to,
+                  plan.destination.axis[2], vectors, past_caches, taps);
   }
+  if (past_caches) finish_stores_past_caches();
 }
 
 // Rows and columns of a plane of `channels` channels to [row][column][lane].
@@ -230,7 +268,7 @@ void depthwise_part(const Gather& plan, const DepthwisePart& part, const T* sour
     const int64_t last = first + result_rows < part.rows.end ? first + result_rows : part.rows.end;
     for (int64_t row = first; row < last; ++row)
       depthwise_row<A>(plan, part.depth, row, part.columns, from, copy, weight + part.channel, bias + part.channel,
-                       result + (row - first) * part.columns.size() * kLanes<A>, kLanes<A>, 1, 0, taps);
+                       result + (row - first) * part.columns.size() * kLanes<A>, kLanes<A>, 1, false, taps);
     unpack_lanes(result, destination, plan.destination, plan.axis[2].destination, {first, last}, part.columns,
                  part.channels);
   }
@@ -251,6 +289,10 @@ void add_products(const A* input, int64_t first, const InputPitches& pitch, cons
       const unsigned mask = inside[column];
       const Vector<A> value = load_lanes(g);
       int64_t tap = x;
+      if (pitch.ahead_input != 0) {
+        __builtin_prefetch(input + x + pitch.ahead_input);
+        __builtin_prefetch(g + pitch.ahead_grad);
+      }
 #pragma GCC unroll 8
       for (int j = 0; j < kTaps; ++j) {
         if (mask >> j & 1) {
@@ -285,7 +327,10 @@ void add_window_columns(const Gather& plan, int64_t w, Range rows, Range columns
     }
   }
   const InputPitches pitch{height.step * from.row, width.step * from.column, row_dilation * from.row,
-                           dilation * from.column};
+                           dilation * from.column,
+                           // What the next part is the first to read, beside the last row of this window.
+                           from.packed ? 0 : ((height.taps - 1) * row_dilation + rows.size() * height.step) * from.row,
+                           rows.size() * grad_at.row};
   const int64_t sums_row = width.taps * kLanes<A>;
   const auto inside_rows = [&](int64_t h) {  // the destinations whose source for tap h is inside
     const int64_t offset = height.offset[h], past = height.source - offset;
