@@ -1,3 +1,6 @@
+#include "cpu/past_caches.h"
+#include "cpu/vectors.h"
+
 // Batch norm over planes (contiguous tensors: a channel is `batch` planes of `pixels` values, `pitch` apart) and over
 // rows (channels innermost: a matrix of rows of `channels` values).
 //
@@ -7,9 +10,58 @@
 // How far lanes run before they are flushed: few enough additions each for float, many enough to hide the flush.
 constexpr int64_t kFlush = 4096;
 
+// kCount values from memory, as a vector or, of one, as a number: what is done with them is written for both.
+template <int kCount, class T>
+inline auto values(const T* from) {
+  if constexpr (kCount == 1)
+    return static_cast<accumulate_t<T>>(*from);
+  else
+    return load_lanes(from);
+}
+
+template <int kCount, class T, class V>
+inline void store_values(V result, T* to) {
+  if constexpr (kCount == 1)
+    *to = static_cast<T>(result);
+  else
+    store_lanes(result, to);
+}
+
+// The same around the caches, if that is asked for: `to` is aligned then, and T the type of accumulation.
+template <int kCount, class T, class V>
+inline void store_values(V result, T* to, bool past_caches) {
+  if constexpr (kCount > 1 && std::is_same_v<T, accumulate_t<T>>)
+    if (past_caches) return store_past_caches(result, to);
+  store_values<kCount>(result, to);
+}
+
+// body(count, i) over all i, in vectors, the last of which may overlap the one before it.
+template <class A, class Body>
+inline void for_values(int64_t count, const Body& body) {
+  if (count < kLanes<A>) {
+    for (int64_t i = 0; i < count; ++i) body(std::integral_constant<int, 1>(), i);
+    return;
+  }
+  for (int64_t i = 0; i + kLanes<A> <= count; i += kLanes<A>) body(std::integral_constant<int, kLanes<A>>(), i);
+  if (count % kLanes<A> != 0) body(std::integral_constant<int, kLanes<A>>(), count - kLanes<A>);
+}
+
+// As a tensor of T holds it.
+template <class T, class V>
+inline V rounded(V value) {
+  using A = accumulate_t<T>;
+  if constexpr (std::is_same_v<T, A>) return value;
+  if constexpr (std::is_same_v<V, A>) {
+    return static_cast<A>(static_cast<T>(value));
+  } else {
+    for (int lane = 0; lane < kLanes<A>; ++lane) value[lane] = static_cast<A>(static_cast<T>(value[lane]));
+    return value;
+  }
+}
+
 // y, from which the forward makes its output and the backward its mask: one expression, so that both round alike.
-template <class A>
-inline A normalised(A x, A mean, A scale, A bias) {
+template <class V, class U>
+inline V normalised(V x, U mean, U scale, U bias) {
   return (x - mean) * scale + bias;
 }
 
@@ -42,34 +94,49 @@ inline void pack_bits(uint8_t* mask, int64_t count, const Flag& flag) {
   }
 }
 
-template <bool kRelu, class T, class A>
-inline A gated(T grad, A x, A mean, A scale, A bias) {
-  const A g = static_cast<A>(grad);
+// g where relu(y) passes it, 0 elsewhere.
+template <bool kRelu, class T, class V, class U>
+inline V gated(V g, V x, U mean, U scale, U bias) {
   if constexpr (!kRelu) return g;
-  return passes(static_cast<T>(normalised(x, mean, scale, bias))) ? g : A(0);
+#if defined(__x86_64__)
+  asm("" : "+x"(g));  // else the load of g becomes a masked one, which waits for the comparison
+#endif
+  const V y = rounded<T>(normalised(x, mean, scale, bias));
+  return y <= V{} ? V{} : g;
 }
 
-// The two sums that term(offset, first, second) adds to, over all values of one channel.
+template <bool kRelu, class T, class V>
+inline V relu_of(V y) {
+  if constexpr (!kRelu) return y;
+  return rounded<T>(y) <= V{} ? V{} : y;
+}
+
+// The two sums that term(count, offset, first, second) adds to, over all values of one channel.
 template <class A, class Term>
 inline void plane_sums(int64_t batch, int64_t pitch, int64_t pixels, double* first, double* second, const Term& term) {
-  constexpr int kWidth = kVectorBytes / sizeof(A), kLanes = 2 * kWidth;
-  A a[kLanes] = {}, b[kLanes] = {}, rest_a = 0, rest_b = 0;
+  constexpr int kWidth = kLanes<A>;
+  Vector<A> a[2] = {}, b[2] = {};
+  A rest_a = 0, rest_b = 0;
   double total_a = 0, total_b = 0;
   int64_t since_flush = 0;
   for (int64_t n = 0; n < batch; ++n) {
     for (int64_t begin = 0; begin < pixels; begin += kFlush) {
       const int64_t span = begin + kFlush < pixels ? kFlush : pixels - begin, start = n * pitch + begin;
       int64_t i = 0;
-      for (; i + kLanes <= span; i += kLanes)
-        for (int lane = 0; lane < kLanes; ++lane) term(start + i + lane, a[lane], b[lane]);
-      for (; i + kWidth <= span; i += kWidth)
-        for (int lane = 0; lane < kWidth; ++lane) term(start + i + lane, a[lane], b[lane]);
-      for (; i < span; ++i) term(start + i, rest_a, rest_b);
+      for (; i + 2 * kWidth <= span; i += 2 * kWidth) {
+        term(std::integral_constant<int, kWidth>(), start + i, a[0], b[0]);
+        term(std::integral_constant<int, kWidth>(), start + i + kWidth, a[1], b[1]);
+      }
+      if (i + kWidth <= span) {
+        term(std::integral_constant<int, kWidth>(), start + i, a[0], b[0]);
+        i += kWidth;
+      }
+      for (; i < span; ++i) term(std::integral_constant<int, 1>(), start + i, rest_a, rest_b);
       since_flush += span;
       if (since_flush < kFlush && n + 1 < batch) continue;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        total_a += a[lane], total_b += b[lane];
-        a[lane] = b[lane] = 0;
+      for (int k = 0; k < 2; ++k) {
+        for (int lane = 0; lane < kWidth; ++lane) total_a += a[k][lane], total_b += b[k][lane];
+        a[k] = b[k] = Vector<A>{};
       }
       total_a += rest_a, total_b += rest_b;
       rest_a = rest_b = 0, since_flush = 0;
@@ -93,8 +160,8 @@ void statistics_planes(const T* input, int64_t batch, int64_t pitch, int64_t pix
   }
   if (!(about - about == 0)) about = 0;  // an infinity belongs into the sums, where the mean comes out infinite
   double sum, square;
-  plane_sums<A>(batch, pitch, pixels, &sum, &square, [=](int64_t i, A& s, A& q) {
-    const A d = static_cast<A>(input[i]) - about;
+  plane_sums<A>(batch, pitch, pixels, &sum, &square, [=](auto count, int64_t i, auto& s, auto& q) {
+    const auto d = values<count()>(input + i) - about;
     s += d;
     q += d * d;
   });
@@ -107,29 +174,27 @@ void statistics_planes(const T* input, int64_t batch, int64_t pitch, int64_t pix
 }
 
 template <bool kRelu, bool kResidual, class T>
-inline void apply_to_plane(const T* input, const T* residual, T* __restrict__ output, int64_t pixels,
-                           accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias) {
-  using A = accumulate_t<T>;
-  for (int64_t i = 0; i < pixels; ++i) {
-    A y = normalised(static_cast<A>(input[i]), mean, scale, bias);
-    if constexpr (kResidual) y += static_cast<A>(residual[i]);
-    const T result = static_cast<T>(y);
-    output[i] = kRelu && !passes(result) ? T(0) : result;
-  }
+inline void apply_to_plane(const T* input, const T* residual, T* output, int64_t pixels, accumulate_t<T> mean,
+                           accumulate_t<T> scale, accumulate_t<T> bias, bool past_caches) {
+  for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
+    auto y = normalised(values<count()>(input + i), mean, scale, bias);
+    if constexpr (kResidual) y += values<count()>(residual + i);
+    store_values<count()>(relu_of<kRelu, T>(y), output + i, past_caches);
+  });
 }
 
 // One plane of the forward; `residual` may be null, and `mask`, of one bit a value, with it.
 template <class T>
 void apply_plane(const T* input, const T* residual, T* output, uint8_t* mask, int64_t pixels, accumulate_t<T> mean,
-                 accumulate_t<T> scale, accumulate_t<T> bias, bool relu) {
+                 accumulate_t<T> scale, accumulate_t<T> bias, bool relu, bool past_caches) {
   if (residual != nullptr && relu) {
-    apply_to_plane<true, true>(input, residual, output, pixels, mean, scale, bias);
+    apply_to_plane<true, true>(input, residual, output, pixels, mean, scale, bias, past_caches);
   } else if (residual != nullptr) {
-    apply_to_plane<false, true>(input, residual, output, pixels, mean, scale, bias);
+    apply_to_plane<false, true>(input, residual, output, pixels, mean, scale, bias, past_caches);
   } else if (relu) {
-    apply_to_plane<true, false>(input, residual, output, pixels, mean, scale, bias);
+    apply_to_plane<true, false>(input, residual, output, pixels, mean, scale, bias, past_caches);
   } else {
-    apply_to_plane<false, false>(input, residual, output, pixels, mean, scale, bias);
+    apply_to_plane<false, false>(input, residual, output, pixels, mean, scale, bias, past_caches);
   }
   if (mask != nullptr) pack_bits(mask, pixels, [=](int64_t i) { return passes(output[i]); });
 }
@@ -144,39 +209,35 @@ void mask_plane(const T* input, uint8_t* mask, int64_t pixels, accumulate_t<T> m
 }
 
 template <class T>
-void masked_plane(const T* grad_output, const uint8_t* mask, T* __restrict__ output, int64_t pixels) {
-  // Groups of 64, not 16, whose flags are read too soon after they are written: 3 ms against 54 on 32x64x56x56.
-  for (int64_t begin = 0; begin < pixels; begin += 64) {
-    const int64_t count = pixels - begin < 64 ? pixels - begin : 64;
-    uint8_t flags[64] = {};
-    for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
-      // The byte eight times, in each copy another bit left standing.
-      const uint64_t word = mask[begin / 8 + byte] * UINT64_C(0x0101010101010101) & UINT64_C(0x8040201008040201);
-      memcpy(flags + 8 * byte, &word, 8);
-    }
-    const T* grad = grad_output + begin;
-    T* out = output + begin;
-    if (count == 64) {
-      for (int i = 0; i < 64; ++i) out[i] = flags[i] != 0 ? grad[i] : T(0);
-    } else {
-      for (int64_t i = 0; i < count; ++i) out[i] = flags[i] != 0 ? grad[i] : T(0);
-    }
+void masked_plane(const T* grad_output, const uint8_t* mask, T* output, int64_t pixels, bool past_caches) {
+  using A = accumulate_t<T>;
+  using Bits = decltype(Vector<A>{} <= Vector<A>{});
+  Bits bit;
+  for (int lane = 0; lane < kLanes<A>; ++lane) bit[lane] = 1 << lane;
+  int64_t i = 0;
+  for (; i + kLanes<A> <= pixels; i += kLanes<A>) {
+    int bits = mask[i / 8] >> i % 8;  // lane 0's is the lowest
+    if constexpr (kLanes<A> > 8) bits |= mask[i / 8 + 1] << 8;
+    store_values<kLanes<A>>(((bits - Bits{}) & bit) == 0 ? Vector<A>{} : load_lanes(grad_output + i), output + i,
+                            past_caches);
   }
+  for (; i < pixels; ++i) output[i] = mask[i / 8] >> i % 8 & 1 ? grad_output[i] : T(0);
 }
 
 template <class T>
-void scale_plane(const T* input, T* __restrict__ output, int64_t pixels, accumulate_t<T> scale) {
-  for (int64_t i = 0; i < pixels; ++i) output[i] = static_cast<T>(static_cast<accumulate_t<T>>(input[i]) * scale);
+void scale_plane(const T* input, T* output, int64_t pixels, accumulate_t<T> scale, bool past_caches) {
+  for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
+    store_values<count()>(values<count()>(input + i) * scale, output + i, past_caches);
+  });
 }
 
 // sum g and sum g * (x - mean) of one channel; with kRelu, g is gated by relu(y) first.
 template <bool kRelu, class T>
 void sums_planes(const T* grad_output, const T* input, int64_t batch, int64_t pitch, int64_t pixels,
                  accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias, double* sum, double* dot) {
-  using A = accumulate_t<T>;
-  plane_sums<A>(batch, pitch, pixels, sum, dot, [=](int64_t i, A& s, A& d) {
-    const A x = static_cast<A>(input[i]);
-    const A g = gated<kRelu>(grad_output[i], x, mean, scale, bias);
+  plane_sums<accumulate_t<T>>(batch, pitch, pixels, sum, dot, [=](auto count, int64_t i, auto& s, auto& d) {
+    const auto x = values<count()>(input + i);
+    const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, mean, scale, bias);
     s += g;
     d += g * (x - mean);
   });
@@ -184,59 +245,63 @@ void sums_planes(const T* grad_output, const T* input, int64_t batch, int64_t pi
 
 // scale * (g - mean_grad + by_input * (x - mean)): of gradients that are all alike the difference is exactly zero.
 template <bool kRelu, class T>
-void input_grad_plane(const T* grad_output, const T* input, T* __restrict__ grad_input, int64_t pixels,
-                      accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> mean_grad,
-                      accumulate_t<T> by_input) {
-  using A = accumulate_t<T>;
-  for (int64_t i = 0; i < pixels; ++i) {
-    const A x = static_cast<A>(input[i]);
-    const A g = gated<kRelu>(grad_output[i], x, mean, scale, bias);
-    grad_input[i] = static_cast<T>(scale * ((g - mean_grad) + (x - mean) * by_input));
-  }
+void input_grad_plane(const T* grad_output, const T* input, T* grad_input, int64_t pixels, accumulate_t<T> mean,
+                      accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> mean_grad,
+                      accumulate_t<T> by_input, bool past_caches) {
+  for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
+    const auto x = values<count()>(input + i);
+    const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, mean, scale, bias);
+    store_values<count()>(scale * ((g - mean_grad) + (x - mean) * by_input), grad_input + i, past_caches);
+  });
 }
 
 // The same over rows; per channel numbers are arrays.
 
-// first[c] = sum over rows of term(row, c), second[c] of its second part; a few vectors of channels stay in registers.
+// first[c] = sum over rows of term(count, row, c), second[c] of its second part. The rows are read from end to end,
+// which is what memory is fast at, some at a time, so that the sums are seldom read and written.
 template <class A, class Term>
-inline void column_sums(int64_t rows, int64_t channels, A* __restrict__ first, A* __restrict__ second,
-                        const Term& term) {
-  constexpr int kTile = 4 * kVectorBytes / sizeof(A);
-  int64_t c = 0;
-  for (; c + kTile <= channels; c += kTile) {
-    A a[kTile] = {}, b[kTile] = {};
-    for (int64_t row = 0; row < rows; ++row)
-      for (int lane = 0; lane < kTile; ++lane) term(row, c + lane, a[lane], b[lane]);
-    for (int lane = 0; lane < kTile; ++lane) first[c + lane] = a[lane], second[c + lane] = b[lane];
-  }
-  for (int64_t rest = c; rest < channels; ++rest) first[rest] = second[rest] = 0;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t rest = c; rest < channels; ++rest) term(row, rest, first[rest], second[rest]);
+inline void column_sums(int64_t rows, int64_t channels, A* first, A* second, const Term& term) {
+  constexpr int kTogether = 4;
+  const int64_t vectors = channels / kLanes<A> * kLanes<A>;
+  for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
+  const auto add = [&](auto count, auto together, int64_t row, int64_t c) {
+    auto a = values<count()>(first + c), b = values<count()>(second + c);
+    for (int k = 0; k < together(); ++k) term(count, row + k, c, a, b);
+    store_values<count()>(a, first + c);
+    store_values<count()>(b, second + c);
+  };
+  const auto add_rows = [&](auto together, int64_t row) {
+    int64_t c = 0;
+    for (; c < vectors; c += kLanes<A>) add(std::integral_constant<int, kLanes<A>>(), together, row, c);
+    for (; c < channels; ++c) add(std::integral_constant<int, 1>(), together, row, c);
+  };
+  int64_t row = 0;
+  for (; row + kTogether <= rows; row += kTogether) add_rows(std::integral_constant<int, kTogether>(), row);
+  for (; row < rows; ++row) add_rows(std::integral_constant<int, 1>(), row);
 }
 
 template <class T>
 void statistics_rows(const T* input, int64_t rows, int64_t channels, const accumulate_t<T>* about, accumulate_t<T>* sum,
                      accumulate_t<T>* square) {
-  using A = accumulate_t<T>;
-  column_sums(rows, channels, sum, square, [=](int64_t row, int64_t c, A& s, A& q) {
-    const A d = static_cast<A>(input[row * channels + c]) - about[c];
+  column_sums(rows, channels, sum, square, [=](auto count, int64_t row, int64_t c, auto& s, auto& q) {
+    const auto d = values<count()>(input + row * channels + c) - values<count()>(about + c);
     s += d;
     q += d * d;
   });
 }
 
 template <bool kRelu, bool kResidual, class T>
-inline void apply_to_rows(const T* input, const T* residual, T* __restrict__ output, int64_t rows, int64_t channels,
-                          const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias) {
-  using A = accumulate_t<T>;
+inline void apply_to_rows(const T* input, const T* residual, T* output, int64_t rows, int64_t channels,
+                          const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
+                          bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c) {
+    for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
-      A y = normalised(static_cast<A>(input[i]), mean[c], scale[c], bias[c]);
-      if constexpr (kResidual) y += static_cast<A>(residual[i]);
-      const T result = static_cast<T>(y);
-      output[i] = kRelu && !passes(result) ? T(0) : result;
-    }
+      auto y = normalised(values<count()>(input + i), values<count()>(mean + c), values<count()>(scale + c),
+                          values<count()>(bias + c));
+      if constexpr (kResidual) y += values<count()>(residual + i);
+      store_values<count()>(relu_of<kRelu, T>(y), output + i, past_caches);
+    });
 }
 
 // Eight rows share a row of bytes in `mask`.
@@ -249,15 +314,16 @@ inline void pack_rows(uint8_t* __restrict__ mask, int64_t rows, int64_t channels
 
 template <class T>
 void apply_rows(const T* input, const T* residual, T* output, uint8_t* mask, int64_t rows, int64_t channels,
-                const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias, bool relu) {
+                const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias, bool relu,
+                bool past_caches) {
   if (residual != nullptr && relu) {
-    apply_to_rows<true, true>(input, residual, output, rows, channels, mean, scale, bias);
+    apply_to_rows<true, true>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   } else if (residual != nullptr) {
-    apply_to_rows<false, true>(input, residual, output, rows, channels, mean, scale, bias);
+    apply_to_rows<false, true>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   } else if (relu) {
-    apply_to_rows<true, false>(input, residual, output, rows, channels, mean, scale, bias);
+    apply_to_rows<true, false>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   } else {
-    apply_to_rows<false, false>(input, residual, output, rows, channels, mean, scale, bias);
+    apply_to_rows<false, false>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   }
   if (mask != nullptr)
     pack_rows(mask, rows, channels, [=](int64_t row, int64_t c) { return passes(output[row * channels + c]); });
@@ -280,34 +346,37 @@ void masked_rows(const T* grad_output, const uint8_t* mask, T* __restrict__ outp
 }
 
 template <class T>
-void scale_rows(const T* input, T* __restrict__ output, int64_t rows, int64_t channels, const accumulate_t<T>* scale) {
+void scale_rows(const T* input, T* output, int64_t rows, int64_t channels, const accumulate_t<T>* scale, bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c)
-      output[row * channels + c] = static_cast<T>(static_cast<accumulate_t<T>>(input[row * channels + c]) * scale[c]);
+    for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
+      const int64_t i = row * channels + c;
+      store_values<count()>(values<count()>(input + i) * values<count()>(scale + c), output + i, past_caches);
+    });
 }
 
 template <bool kRelu, class T>
 void sums_rows(const T* grad_output, const T* input, int64_t rows, int64_t channels, const accumulate_t<T>* mean,
                const accumulate_t<T>* scale, const accumulate_t<T>* bias, accumulate_t<T>* sum, accumulate_t<T>* dot) {
-  using A = accumulate_t<T>;
-  column_sums(rows, channels, sum, dot, [=](int64_t row, int64_t c, A& s, A& d) {
-    const A x = static_cast<A>(input[row * channels + c]);
-    const A g = gated<kRelu>(grad_output[row * channels + c], x, mean[c], scale[c], bias[c]);
+  column_sums(rows, channels, sum, dot, [=](auto count, int64_t row, int64_t c, auto& s, auto& d) {
+    const auto x = values<count()>(input + row * channels + c), m = values<count()>(mean + c);
+    const auto g = gated<kRelu, T>(values<count()>(grad_output + row * channels + c), x, m, values<count()>(scale + c),
+                                   values<count()>(bias + c));
     s += g;
-    d += g * (x - mean[c]);
+    d += g * (x - m);
   });
 }
 
 template <bool kRelu, class T>
-void input_grad_rows(const T* grad_output, const T* input, T* __restrict__ grad_input, int64_t rows, int64_t channels,
+void input_grad_rows(const T* grad_output, const T* input, T* grad_input, int64_t rows, int64_t channels,
                      const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
-                     const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input) {
-  using A = accumulate_t<T>;
+                     const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input,
+                     bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c) {
+    for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
-      const A x = static_cast<A>(input[i]);
-      const A g = gated<kRelu>(grad_output[i], x, mean[c], scale[c], bias[c]);
-      grad_input[i] = static_cast<T>(scale[c] * ((g - mean_grad[c]) + (x - mean[c]) * by_input[c]));
-    }
+      const auto x = values<count()>(input + i), m = values<count()>(mean + c), s = values<count()>(scale + c);
+      const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, m, s, values<count()>(bias + c));
+      store_values<count()>(
+          s * ((g - values<count()>(mean_grad + c)) + (x - m) * values<count()>(by_input + c)), grad_input + i, past_caches);
+    });
 }

@@ -1,6 +1,7 @@
 // Depthwise convolution: every channel has a window of its own, so that there is nothing to multiply blocks of.
 #include <utility>
 
+#include "cpu/caches.h"
 #include "cpu/convolution/convolution.h"
 #include "cpu/scratch.h"
 
@@ -43,8 +44,6 @@ namespace {
 constexpr int64_t kMostLanes = 16;
 // The copies of a part lie in the second-level cache, next to what is being read and written.
 constexpr int64_t kCopyBytes = 256 * 1024;
-// A tensor of this size has left the caches before it is read again.
-constexpr int64_t kCachedBytes = 16 * 1024 * 1024;
 // So many columns of a copy, and of a result.
 constexpr int64_t kMostColumns = 512;
 constexpr int64_t kLeastPixels = 56;
@@ -162,9 +161,8 @@ void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool chann
 
   if constexpr (std::is_same_v<T, A>) {
     if (in_place<T>(plan, channels_last, lanes)) {
-      const int64_t bytes = plan.batch * plan.destination.image * sizeof(A);
-      const bool past_caches = bytes >= kCachedBytes && plan.groups % lanes == 0 &&
-                               reinterpret_cast<uintptr_t>(destination) % (lanes * sizeof(A)) == 0;
+      const bool past_caches =
+          write_past_caches(destination, plan.batch * plan.destination.image * sizeof(A), plan.groups * sizeof(A));
       parallel_for(plan.batch * plan.axis[0].destination * height.destination,
                    width.destination * plan.groups * taps / 8, [&](int64_t begin, int64_t end) {
                      std::vector<DepthwiseTap> list(taps);

@@ -1,4 +1,5 @@
 #include "cpu/convolution/copies.h"
+#include "cpu/past_caches.h"
 
 // Depthwise convolution: vectors over channels, of channels_last tensors where they are and of others in a copy,
 // [row][column][lane]. Sources outside the plane are left out, so that no infinity in a tensor ever meets a zero.
@@ -16,28 +17,6 @@ inline void for_taps(const GatherAxis& axis, int64_t position, const Body& body)
     const int64_t source = first + axis.offset[tap];
     if (source >= 0 && source < axis.source) body(tap, source);
   }
-}
-
-// Stores around the caches: of what is larger than they are, nothing would be left to read, and a line that is
-// overwritten whole need not be fetched first. `to` is aligned to a vector.
-template <class V>
-inline void store_past_caches(V lanes, void* to) {
-#if defined(__x86_64__)
-  if constexpr (kVectorBytes == 64)
-    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(to)) : "v"(lanes));
-  else if constexpr (kVectorBytes == 32)
-    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<V*>(to)) : "x"(lanes));
-  else
-    asm volatile("movntps %1, %0" : "=m"(*static_cast<V*>(to)) : "x"(lanes));
-#else
-  *static_cast<V*>(to) = lanes;
-#endif
-}
-
-inline void finish_stores_past_caches() {
-#if defined(__x86_64__)
-  asm volatile("sfence" ::: "memory");
-#endif
 }
 
 // The destinations q of one column phase of one row, for some vectors of channels.
