@@ -168,8 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
     affine.set_statistics(mean, var);
     const T *x = data<T>(input), *r = has_residual ? data<T>(residual) : nullptr;
     T* y = mutable_data<T>(output);
-    // The mask is made of the output, which has to be in a cache for that.
-    const bool around = !(has_residual && relu) && layout.past_caches(y);
+    const bool around = layout.past_caches(y);
     A *means = mutable_data<A>(used_mean), *vars = mutable_data<A>(used_var);
     uint8_t* bits = has_residual && relu ? mutable_data<uint8_t>(mask) : nullptr;
     if (mean) {
@@ -197,8 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
       layout.for_blocks(bits == nullptr ? kRowsPerBlock : 8, [&](int64_t offset, int64_t rows, int64_t block) {
         MANUAL_OPS_FOR_ISA(apply_rows(x + offset, r == nullptr ? nullptr : r + offset, y + offset,
                                       bits == nullptr ? nullptr : bits + block * channels, rows, channels,
-                                      affine.mean.data(), affine.scale.data(), affine.bias.data(), relu,
-                                      around));
+                                      affine.mean.data(), affine.scale.data(), affine.bias.data(), relu, around));
       });
     }
   });
@@ -252,7 +250,7 @@ Tensor batch_norm_masked_grad(const Tensor& grad_any, const Tensor& mask_any) {
     if (layout.is_rows) {
       layout.for_blocks(8, [&](int64_t offset, int64_t rows, int64_t block) {
         MANUAL_OPS_FOR_ISA(
-            masked_rows(g + offset, bits + block * layout.channels, out + offset, rows, layout.channels));
+            masked_rows(g + offset, bits + block * layout.channels, out + offset, rows, layout.channels, around));
       });
     } else {
       layout.for_planes([&](int64_t offset, int64_t, int64_t index) {

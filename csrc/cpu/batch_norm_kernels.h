@@ -65,33 +65,74 @@ inline V normalised(V x, U mean, U scale, U bias) {
   return (x - mean) * scale + bias;
 }
 
-// ReLU's result and its gradient's gate in the dtype of the tensor: a NaN passes.
-template <class T>
-inline bool passes(T value) {
-  return !(static_cast<accumulate_t<T>>(value) <= 0);
+// ReLU's result and its gradient's gate, in the dtype of the tensor: what is not <= 0 passes, a NaN among it.
+
+// Bit i, lowest first: whether lane i passes.
+template <class A>
+inline unsigned passing_bits(Vector<A> y) {
+  const auto stopped = y <= Vector<A>{};
+  unsigned bits = 0;
+#if defined(__x86_64__)
+  // By the instruction's own type; only the branch that fits is compiled.
+  typedef long long Long8 __attribute__((vector_size(64)));
+  typedef float Float8 __attribute__((vector_size(32)));
+  typedef double Double4 __attribute__((vector_size(32)));
+  typedef float Float4 __attribute__((vector_size(16)));
+  typedef double Double2 __attribute__((vector_size(16)));
+  if constexpr (kVectorBytes == 64 && sizeof(A) == 4)
+    bits = __builtin_ia32_cvtd2mask512(stopped);
+  else if constexpr (kVectorBytes == 64)
+    bits = __builtin_ia32_cvtq2mask512(reinterpret_cast<Long8>(stopped));
+  else if constexpr (kVectorBytes == 32 && sizeof(A) == 4)
+    bits = __builtin_ia32_movmskps256(reinterpret_cast<Float8>(stopped));
+  else if constexpr (kVectorBytes == 32)
+    bits = __builtin_ia32_movmskpd256(reinterpret_cast<Double4>(stopped));
+  else if constexpr (sizeof(A) == 4)
+    bits = __builtin_ia32_movmskps(reinterpret_cast<Float4>(stopped));
+  else
+    bits = __builtin_ia32_movmskpd(reinterpret_cast<Double2>(stopped));
+#else
+  for (int lane = 0; lane < kLanes<A>; ++lane) bits |= (stopped[lane] != 0) << lane;
+#endif
+  return ~bits & ((1u << kLanes<A>)-1);
 }
 
-// Bits are packed and unpacked in groups of so many values: few enough for planes of 7x7 to have full ones.
-constexpr int kGroup = 16;
-
-// Bit i of `mask`, lowest first, is flag(i).
-template <class Flag>
-inline void pack_bits(uint8_t* mask, int64_t count, const Flag& flag) {
-  for (int64_t begin = 0; begin < count; begin += kGroup) {
-    uint8_t flags[kGroup] = {};
-    if (begin + kGroup <= count) {
-      for (int i = 0; i < kGroup; ++i) flags[i] = flag(begin + i);
-    } else {
-      for (int64_t i = begin; i < count; ++i) flags[i - begin] = flag(i);
-    }
-    const int64_t left = count - begin < kGroup ? count - begin : kGroup;
-    for (int64_t byte = 0; byte < (left + 7) / 8; ++byte) {
-      uint64_t word;
-      memcpy(&word, flags + 8 * byte, 8);
-      // Moves flag i from bit 8*i to bit 56+i.
-      mask[begin / 8 + byte] = static_cast<uint8_t>(word * UINT64_C(0x0102040810204080) >> 56);
-    }
+// The bits of a plane, lowest first, of results that value(count, i) makes.
+template <class A, class Value>
+inline void pack_plane(uint8_t* mask, int64_t pixels, const Value& value) {
+  constexpr int kGroup = 16;  // no vector is longer
+  int64_t i = 0;
+  for (; i + kGroup <= pixels; i += kGroup) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < kGroup; lane += kLanes<A>)
+      bits |= passing_bits<A>(value(std::integral_constant<int, kLanes<A>>(), i + lane)) << lane;
+    mask[i / 8] = static_cast<uint8_t>(bits);
+    mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
   }
+  for (; i < pixels; i += 8) {
+    unsigned bits = 0;
+    for (int64_t k = i; k < pixels && k < i + 8; ++k)
+      bits |= static_cast<unsigned>(!(value(std::integral_constant<int, 1>(), k) <= 0)) << (k - i);
+    mask[i / 8] = static_cast<uint8_t>(bits);
+  }
+}
+
+// Eight rows share a row of bytes: bit r of byte c is that of value(count, r, c).
+template <class A, class Value>
+inline void pack_rows(uint8_t* mask, int64_t rows, int64_t channels, const Value& value) {
+  for_values<A>(channels, [=](auto count, int64_t c) {
+    if constexpr (count() == 1) {
+      unsigned bits = 0;
+      for (int64_t row = 0; row < rows; ++row) bits |= static_cast<unsigned>(!(value(count, row, c) <= 0)) << row;
+      mask[c] = static_cast<uint8_t>(bits);
+    } else {
+      typedef uint8_t Bytes __attribute__((vector_size(count())));
+      decltype(Vector<A>{} <= Vector<A>{}) bits = {};
+      for (int64_t row = 0; row < rows; ++row) bits |= ~(value(count, row, c) <= Vector<A>{}) & (1 << row);
+      const Bytes bytes = __builtin_convertvector(bits, Bytes);
+      memcpy(mask + c, &bytes, sizeof(bytes));
+    }
+  });
 }
 
 // g where relu(y) passes it, 0 elsewhere.
@@ -111,15 +152,21 @@ inline V relu_of(V y) {
   return rounded<T>(y) <= V{} ? V{} : y;
 }
 
-// The two sums that term(count, offset, first, second) adds to, over all values of one channel.
-template <class A, class Term>
-inline void plane_sums(int64_t batch, int64_t pitch, int64_t pixels, double* first, double* second, const Term& term) {
+// The two sums that term(count, offset, first, second) adds to, over all values of one channel. fetch(offset) announces
+// what is read soon: planes that are small and far apart are over before the memory has seen where it goes.
+template <class A, class Term, class Fetch>
+inline void plane_sums(int64_t batch, int64_t pitch, int64_t pixels, double* first, double* second, const Term& term,
+                       const Fetch& fetch) {
+  constexpr int64_t kAhead = 512, kLine = 64 / sizeof(A);  // values
+  const int64_t planes_ahead = 1 + kAhead / (pixels + 1), fetched = pixels < kAhead ? pixels : kAhead;
   constexpr int kWidth = kLanes<A>;
   Vector<A> a[2] = {}, b[2] = {};
   A rest_a = 0, rest_b = 0;
   double total_a = 0, total_b = 0;
   int64_t since_flush = 0;
   for (int64_t n = 0; n < batch; ++n) {
+    if (n + planes_ahead < batch)
+      for (int64_t i = 0; i < fetched; i += kLine) fetch((n + planes_ahead) * pitch + i);
     for (int64_t begin = 0; begin < pixels; begin += kFlush) {
       const int64_t span = begin + kFlush < pixels ? kFlush : pixels - begin, start = n * pitch + begin;
       int64_t i = 0;
@@ -160,11 +207,12 @@ void statistics_planes(const T* input, int64_t batch, int64_t pitch, int64_t pix
   }
   if (!(about - about == 0)) about = 0;  // an infinity belongs into the sums, where the mean comes out infinite
   double sum, square;
-  plane_sums<A>(batch, pitch, pixels, &sum, &square, [=](auto count, int64_t i, auto& s, auto& q) {
+  const auto term = [=](auto count, int64_t i, auto& s, auto& q) {
     const auto d = values<count()>(input + i) - about;
     s += d;
     q += d * d;
-  });
+  };
+  plane_sums<A>(batch, pitch, pixels, &sum, &square, term, [=](int64_t i) { __builtin_prefetch(input + i); });
   const double values = static_cast<double>(batch) * static_cast<double>(pixels);
   const double count = values < 1 ? 1 : values;  // an empty channel has the statistics of a zero
   const double shift = sum / count;
@@ -183,12 +231,17 @@ inline void apply_to_plane(const T* input, const T* residual, T* output, int64_t
   });
 }
 
-// One plane of the forward; `residual` may be null, and `mask`, of one bit a value, with it.
+// One plane of the forward; `residual` may be null. `mask` has one bit a value, and is there with a residual and relu.
 template <class T>
 void apply_plane(const T* input, const T* residual, T* output, uint8_t* mask, int64_t pixels, accumulate_t<T> mean,
                  accumulate_t<T> scale, accumulate_t<T> bias, bool relu, bool past_caches) {
-  if (residual != nullptr && relu) {
-    apply_to_plane<true, true>(input, residual, output, pixels, mean, scale, bias, past_caches);
+  if (mask != nullptr) {
+    pack_plane<accumulate_t<T>>(mask, pixels, [=](auto count, int64_t i) {
+      const auto y =
+          rounded<T>(normalised(values<count()>(input + i), mean, scale, bias) + values<count()>(residual + i));
+      store_values<count()>(relu_of<true, T>(y), output + i, past_caches);
+      return y;
+    });
   } else if (residual != nullptr) {
     apply_to_plane<false, true>(input, residual, output, pixels, mean, scale, bias, past_caches);
   } else if (relu) {
@@ -196,16 +249,15 @@ void apply_plane(const T* input, const T* residual, T* output, uint8_t* mask, in
   } else {
     apply_to_plane<false, false>(input, residual, output, pixels, mean, scale, bias, past_caches);
   }
-  if (mask != nullptr) pack_bits(mask, pixels, [=](int64_t i) { return passes(output[i]); });
 }
 
 // The mask of relu(y) from the input of one plane.
 template <class T>
 void mask_plane(const T* input, uint8_t* mask, int64_t pixels, accumulate_t<T> mean, accumulate_t<T> scale,
                 accumulate_t<T> bias) {
-  using A = accumulate_t<T>;
-  pack_bits(mask, pixels,
-            [=](int64_t i) { return passes(static_cast<T>(normalised(static_cast<A>(input[i]), mean, scale, bias))); });
+  pack_plane<accumulate_t<T>>(mask, pixels, [=](auto count, int64_t i) {
+    return rounded<T>(normalised(values<count()>(input + i), mean, scale, bias));
+  });
 }
 
 template <class T>
@@ -217,7 +269,7 @@ void masked_plane(const T* grad_output, const uint8_t* mask, T* output, int64_t 
   int64_t i = 0;
   for (; i + kLanes<A> <= pixels; i += kLanes<A>) {
     int bits = mask[i / 8] >> i % 8;  // lane 0's is the lowest
-    if constexpr (kLanes<A> > 8) bits |= mask[i / 8 + 1] << 8;
+    if constexpr (kLanes < A >> 8) bits |= mask[i / 8 + 1] << 8;
     store_values<kLanes<A>>(((bits - Bits{}) & bit) == 0 ? Vector<A>{} : load_lanes(grad_output + i), output + i,
                             past_caches);
   }
@@ -235,19 +287,23 @@ void scale_plane(const T* input, T* output, int64_t pixels, accumulate_t<T> scal
 template <bool kRelu, class T>
 void sums_planes(const T* grad_output, const T* input, int64_t batch, int64_t pitch, int64_t pixels,
                  accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias, double* sum, double* dot) {
-  plane_sums<accumulate_t<T>>(batch, pitch, pixels, sum, dot, [=](auto count, int64_t i, auto& s, auto& d) {
+  const auto term = [=](auto count, int64_t i, auto& s, auto& d) {
     const auto x = values<count()>(input + i);
     const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, mean, scale, bias);
     s += g;
     d += g * (x - mean);
+  };
+  plane_sums<accumulate_t<T>>(batch, pitch, pixels, sum, dot, term, [=](int64_t i) {
+    __builtin_prefetch(input + i);
+    __builtin_prefetch(grad_output + i);
   });
 }
 
 // scale * (g - mean_grad + by_input * (x - mean)): of gradients that are all alike the difference is exactly zero.
 template <bool kRelu, class T>
 void input_grad_plane(const T* grad_output, const T* input, T* grad_input, int64_t pixels, accumulate_t<T> mean,
-                      accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> mean_grad,
-                      accumulate_t<T> by_input, bool past_caches) {
+                      accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> mean_grad, accumulate_t<T> by_input,
+                      bool past_caches) {
   for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
     const auto x = values<count()>(input + i);
     const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, mean, scale, bias);
@@ -304,20 +360,19 @@ inline void apply_to_rows(const T* input, const T* residual, T* output, int64_t 
     });
 }
 
-// Eight rows share a row of bytes in `mask`.
-template <class Flag>
-inline void pack_rows(uint8_t* __restrict__ mask, int64_t rows, int64_t channels, const Flag& flag) {
-  for (int64_t c = 0; c < channels; ++c) mask[c] = 0;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c) mask[c] |= static_cast<uint8_t>(flag(row, c) << row);
-}
-
 template <class T>
 void apply_rows(const T* input, const T* residual, T* output, uint8_t* mask, int64_t rows, int64_t channels,
                 const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias, bool relu,
                 bool past_caches) {
-  if (residual != nullptr && relu) {
-    apply_to_rows<true, true>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
+  if (mask != nullptr) {
+    pack_rows<accumulate_t<T>>(mask, rows, channels, [=](auto count, int64_t row, int64_t c) {
+      const int64_t i = row * channels + c;
+      const auto y = rounded<T>(normalised(values<count()>(input + i), values<count()>(mean + c),
+                                           values<count()>(scale + c), values<count()>(bias + c)) +
+                                values<count()>(residual + i));
+      store_values<count()>(relu_of<true, T>(y), output + i, past_caches);
+      return y;
+    });
   } else if (residual != nullptr) {
     apply_to_rows<false, true>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   } else if (relu) {
@@ -325,28 +380,40 @@ void apply_rows(const T* input, const T* residual, T* output, uint8_t* mask, int
   } else {
     apply_to_rows<false, false>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   }
-  if (mask != nullptr)
-    pack_rows(mask, rows, channels, [=](int64_t row, int64_t c) { return passes(output[row * channels + c]); });
 }
 
 template <class T>
 void mask_rows(const T* input, uint8_t* mask, int64_t rows, int64_t channels, const accumulate_t<T>* mean,
                const accumulate_t<T>* scale, const accumulate_t<T>* bias) {
-  using A = accumulate_t<T>;
-  pack_rows(mask, rows, channels, [=](int64_t row, int64_t c) {
-    return passes(static_cast<T>(normalised(static_cast<A>(input[row * channels + c]), mean[c], scale[c], bias[c])));
+  pack_rows<accumulate_t<T>>(mask, rows, channels, [=](auto count, int64_t row, int64_t c) {
+    return rounded<T>(normalised(values<count()>(input + row * channels + c), values<count()>(mean + c),
+                                 values<count()>(scale + c), values<count()>(bias + c)));
   });
 }
 
 template <class T>
-void masked_rows(const T* grad_output, const uint8_t* mask, T* __restrict__ output, int64_t rows, int64_t channels) {
+void masked_rows(const T* grad_output, const uint8_t* mask, T* output, int64_t rows, int64_t channels,
+                 bool past_caches) {
+  using A = accumulate_t<T>;
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c)
-      output[row * channels + c] = mask[c] >> row & 1 ? grad_output[row * channels + c] : T(0);
+    for_values<A>(channels, [=](auto count, int64_t c) {
+      const int64_t i = row * channels + c;
+      if constexpr (count() == 1) {
+        output[i] = mask[c] >> row & 1 ? grad_output[i] : T(0);
+      } else {
+        typedef uint8_t Bytes __attribute__((vector_size(count())));
+        Bytes bytes;
+        memcpy(&bytes, mask + c, sizeof(bytes));
+        const auto bits = __builtin_convertvector(bytes, decltype(Vector<A>{} <= Vector<A>{}));
+        const auto g = load_lanes(grad_output + i);
+        store_values<count()>((bits & (1 << row)) == 0 ? Vector<A>{} : g, output + i, past_caches);
+      }
+    });
 }
 
 template <class T>
-void scale_rows(const T* input, T* output, int64_t rows, int64_t channels, const accumulate_t<T>* scale, bool past_caches) {
+void scale_rows(const T* input, T* output, int64_t rows, int64_t channels, const accumulate_t<T>* scale,
+                bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
     for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
@@ -369,14 +436,13 @@ void sums_rows(const T* grad_output, const T* input, int64_t rows, int64_t chann
 template <bool kRelu, class T>
 void input_grad_rows(const T* grad_output, const T* input, T* grad_input, int64_t rows, int64_t channels,
                      const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
-                     const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input,
-                     bool past_caches) {
+                     const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input, bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
     for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
       const auto x = values<count()>(input + i), m = values<count()>(mean + c), s = values<count()>(scale + c);
       const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, m, s, values<count()>(bias + c));
-      store_values<count()>(
-          s * ((g - values<count()>(mean_grad + c)) + (x - m) * values<count()>(by_input + c)), grad_input + i, past_caches);
+      store_values<count()>(s * ((g - values<count()>(mean_grad + c)) + (x - m) * values<count()>(by_input + c)),
+                            grad_input + i, past_caches);
     });
 }

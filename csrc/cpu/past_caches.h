@@ -1,7 +1,7 @@
 // Stores around the caches. Included once per instruction set (each_isa.h), hence no include guard.
 
-// Of a tensor larger than the caches nothing would be left in them to read, and a line that is written whole need not be
-// fetched first. `to` is aligned to a vector.
+// Of a tensor larger than the caches nothing would be left in them to read, and a line that is written whole need not
+// be fetched first. `to` is aligned to a vector.
 template <class V>
 inline void store_past_caches(V lanes, void* to) {
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// Vectors of the accumulation type, and tensors' values as such. Included once per instruction set (each_isa.h), hence no
-// include guard.
+// Vectors of the accumulation type, and tensors' values as such. Included once per instruction set (each_isa.h), hence
+// no include guard.
 
 template <class A>
 struct VectorOf {

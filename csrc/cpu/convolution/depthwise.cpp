@@ -89,8 +89,7 @@ struct PartList {
   }
 
   // Whole rows, as few as sums in registers are worth their start for.
-  explicit PartList(const Gather& plan)
-      : images(plan.batch), depths(plan.axis[0].destination), column_blocks(1) {
+  explicit PartList(const Gather& plan) : images(plan.batch), depths(plan.axis[0].destination), column_blocks(1) {
     const int64_t rows = ceil_div(kLeastPixels, plan.axis[2].destination);
     row_blocks = ceil_div(plan.axis[1].destination, rows);
   }
@@ -143,9 +142,7 @@ bool in_place(const Gather& plan, bool channels_last, int64_t lanes) {
 
 }  // namespace
 
-bool depthwise_serves(const Gather& plan) {
-  return plan.source_channels == 1 && plan.channels == 1 && plan.groups > 1;
-}
+bool depthwise_serves(const Gather& plan) { return plan.source_channels == 1 && plan.channels == 1 && plan.groups > 1; }
 
 template <class T>
 void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool channels_last, const T* source,
@@ -182,8 +179,8 @@ void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool chann
     std::fill(copy.data(), copy.data() + copied_planes(plan) * sources * lanes, A(0));
     std::vector<DepthwiseTap> list(taps);
     for (int64_t item = begin; item < end; ++item) {
-      const DepthwisePart part = parts.part(plan, item / vectors.count, vectors.first(item % vectors.count),
-                                            vectors.lanes);
+      const DepthwisePart part =
+          parts.part(plan, item / vectors.count, vectors.first(item % vectors.count), vectors.lanes);
       MANUAL_OPS_FOR_ISA(depthwise_part(plan, part, source, packed.data(), wide_bias.data(), destination, copy.data(),
                                         result.data(), result_rows, list.data()));
     }

@@ -23,7 +23,7 @@ inline void for_taps(const GatherAxis& axis, int64_t position, const Body& body)
 template <class A>
 struct DepthwiseRow {
   const A *source, *weight, *bias;
-  A* to;                                // of q = 0
+  A* to;                                  // of q = 0
   int64_t pitch, weight_pitch, to_pitch;  // from position to position, tap to tap, q to q
   const DepthwiseTap* taps;
   int64_t tap_count, begin, end;
@@ -373,9 +373,9 @@ void depthwise_weight_grad_part(const Gather& plan, const DepthwisePart& part, b
       const Operand from{part.image * plan.source.image + part.channel, plan.source.axis[0], plan.source.axis[1],
                          plan.source.axis[2], false};
       const Layout& to = plan.destination;
-      const Operand grad_at{part.image * to.image + part.channel + part.depth * to.axis[0] +
-                                part.columns.begin * to.axis[2],
-                            to.axis[0], to.axis[1], to.axis[2], false};
+      const Operand grad_at{
+          part.image * to.image + part.channel + part.depth * to.axis[0] + part.columns.begin * to.axis[2], to.axis[0],
+          to.axis[1], to.axis[2], false};
       return add_window(plan, part, from, input, grad_output, grad_at, sums, inside);
     }
   }
