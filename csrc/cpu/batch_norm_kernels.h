@@ -1,3 +1,6 @@
+#include "cpu/past_caches.h"
+#include "cpu/vectors.h"
+
 // Batch norm over planes (contiguous tensors: a channel is `batch` planes of `pixels` values, `pitch` apart) and over
 // rows (channels innermost: a matrix of rows of `channels` values).
 //
@@ -7,69 +10,180 @@
 // How far lanes run before they are flushed: few enough additions each for float, many enough to hide the flush.
 constexpr int64_t kFlush = 4096;
 
-// y, from which the forward makes its output and the backward its mask: one expression, so that both round alike.
-template <class A>
-inline A normalised(A x, A mean, A scale, A bias) {
-  return (x - mean) * scale + bias;
+// kCount values from memory, as a vector or, of one, as a number: what is done with them is written for both.
+template <int kCount, class T>
+inline auto values(const T* from) {
+  if constexpr (kCount == 1)
+    return static_cast<accumulate_t<T>>(*from);
+  else
+    return load_vector<accumulate_t<T>>(from);
 }
 
-// ReLU's result and its gradient's gate in the dtype of the tensor: a NaN passes.
-template <class T>
-inline bool passes(T value) {
-  return !(static_cast<accumulate_t<T>>(value) <= 0);
+template <int kCount, class T, class V>
+inline void store_values(V result, T* to) {
+  if constexpr (kCount == 1)
+    *to = static_cast<T>(result);
+  else
+    store_vector<accumulate_t<T>>(to, result);
 }
 
-// Bits are packed and unpacked in groups of so many values: few enough for planes of 7x7 to have full ones.
-constexpr int kGroup = 16;
+// The same around the caches, if that is asked for: `to` is aligned then, and T the type of accumulation.
+template <int kCount, class T, class V>
+inline void store_values(V result, T* to, bool past_caches) {
+  if constexpr (kCount > 1 && std::is_same_v<T, accumulate_t<T>>)
+    if (past_caches) return store_past_caches(result, to);
+  store_values<kCount>(result, to);
+}
 
-// Bit i of `mask`, lowest first, is flag(i).
-template <class Flag>
-inline void pack_bits(uint8_t* mask, int64_t count, const Flag& flag) {
-  for (int64_t begin = 0; begin < count; begin += kGroup) {
-    uint8_t flags[kGroup] = {};
-    if (begin + kGroup <= count) {
-      for (int i = 0; i < kGroup; ++i) flags[i] = flag(begin + i);
-    } else {
-      for (int64_t i = begin; i < count; ++i) flags[i - begin] = flag(i);
-    }
-    const int64_t left = count - begin < kGroup ? count - begin : kGroup;
-    for (int64_t byte = 0; byte < (left + 7) / 8; ++byte) {
-      uint64_t word;
-      memcpy(&word, flags + 8 * byte, 8);
-      // Moves flag i from bit 8*i to bit 56+i.
-      mask[begin / 8 + byte] = static_cast<uint8_t>(word * UINT64_C(0x0102040810204080) >> 56);
-    }
+// body(count, i) over all i, in vectors, the last of which may overlap the one before it.
+template <class A, class Body>
+inline void for_values(int64_t count, const Body& body) {
+  if (count < kLanes<A>) {
+    for (int64_t i = 0; i < count; ++i) body(std::integral_constant<int, 1>(), i);
+    return;
+  }
+  for (int64_t i = 0; i + kLanes<A> <= count; i += kLanes<A>) body(std::integral_constant<int, kLanes<A>>(), i);
+  if (count % kLanes<A> != 0) body(std::integral_constant<int, kLanes<A>>(), count - kLanes<A>);
+}
+
+// As a tensor of T holds it.
+template <class T, class V>
+inline V rounded(V value) {
+  using A = accumulate_t<T>;
+  if constexpr (std::is_same_v<T, A>) return value;
+  if constexpr (std::is_same_v<V, A>) {
+    return static_cast<A>(static_cast<T>(value));
+  } else {
+    for (int lane = 0; lane < kLanes<A>; ++lane) value[lane] = static_cast<A>(static_cast<T>(value[lane]));
+    return value;
   }
 }
 
-template <bool kRelu, class T, class A>
-inline A gated(T grad, A x, A mean, A scale, A bias) {
-  const A g = static_cast<A>(grad);
-  if constexpr (!kRelu) return g;
-  return passes(static_cast<T>(normalised(x, mean, scale, bias))) ? g : A(0);
+// y, from which the forward makes its output and the backward its mask: one expression, so that both round alike.
+template <class V, class U>
+inline V normalised(V x, U mean, U scale, U bias) {
+  return (x - mean) * scale + bias;
 }
 
-// The two sums that term(offset, first, second) adds to, over all values of one channel.
-template <class A, class Term>
-inline void plane_sums(int64_t batch, int64_t pitch, int64_t pixels, double* first, double* second, const Term& term) {
-  constexpr int kWidth = kVectorBytes / sizeof(A), kLanes = 2 * kWidth;
-  A a[kLanes] = {}, b[kLanes] = {}, rest_a = 0, rest_b = 0;
+// ReLU's result and its gradient's gate, in the dtype of the tensor: what is not <= 0 passes, a NaN among it.
+
+// Bit i, lowest first: whether lane i passes.
+template <class A>
+inline unsigned passing_bits(vector_t<A> y) {
+  const auto stopped = y <= vector_t<A>{};
+  unsigned bits = 0;
+#if defined(__x86_64__)
+  // By the instruction's own type; only the branch that fits is compiled.
+  typedef long long Long8 __attribute__((vector_size(64)));
+  typedef float Float8 __attribute__((vector_size(32)));
+  typedef double Double4 __attribute__((vector_size(32)));
+  typedef float Float4 __attribute__((vector_size(16)));
+  typedef double Double2 __attribute__((vector_size(16)));
+  if constexpr (kVectorBytes == 64 && sizeof(A) == 4)
+    bits = __builtin_ia32_cvtd2mask512(stopped);
+  else if constexpr (kVectorBytes == 64)
+    bits = __builtin_ia32_cvtq2mask512(reinterpret_cast<Long8>(stopped));
+  else if constexpr (kVectorBytes == 32 && sizeof(A) == 4)
+    bits = __builtin_ia32_movmskps256(reinterpret_cast<Float8>(stopped));
+  else if constexpr (kVectorBytes == 32)
+    bits = __builtin_ia32_movmskpd256(reinterpret_cast<Double4>(stopped));
+  else if constexpr (sizeof(A) == 4)
+    bits = __builtin_ia32_movmskps(reinterpret_cast<Float4>(stopped));
+  else
+    bits = __builtin_ia32_movmskpd(reinterpret_cast<Double2>(stopped));
+#else
+  for (int lane = 0; lane < kLanes<A>; ++lane) bits |= (stopped[lane] != 0) << lane;
+#endif
+  return ~bits & ((1u << kLanes<A>)-1);
+}
+
+// The bits of a plane, lowest first, of results that value(count, i) makes.
+template <class A, class Value>
+inline void pack_plane(uint8_t* mask, int64_t pixels, const Value& value) {
+  constexpr int kGroup = 16;  // no vector is longer
+  int64_t i = 0;
+  for (; i + kGroup <= pixels; i += kGroup) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < kGroup; lane += kLanes<A>)
+      bits |= passing_bits<A>(value(std::integral_constant<int, kLanes<A>>(), i + lane)) << lane;
+    mask[i / 8] = static_cast<uint8_t>(bits);
+    mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+  }
+  for (; i < pixels; i += 8) {
+    unsigned bits = 0;
+    for (int64_t k = i; k < pixels && k < i + 8; ++k)
+      bits |= static_cast<unsigned>(!(value(std::integral_constant<int, 1>(), k) <= 0)) << (k - i);
+    mask[i / 8] = static_cast<uint8_t>(bits);
+  }
+}
+
+// Eight rows share a row of bytes: bit r of byte c is that of value(count, r, c).
+template <class A, class Value>
+inline void pack_rows(uint8_t* mask, int64_t rows, int64_t channels, const Value& value) {
+  for_values<A>(channels, [=](auto count, int64_t c) {
+    if constexpr (count() == 1) {
+      unsigned bits = 0;
+      for (int64_t row = 0; row < rows; ++row) bits |= static_cast<unsigned>(!(value(count, row, c) <= 0)) << row;
+      mask[c] = static_cast<uint8_t>(bits);
+    } else {
+      typedef uint8_t Bytes __attribute__((vector_size(count())));
+      decltype(vector_t<A>{} <= vector_t<A>{}) bits = {};
+      for (int64_t row = 0; row < rows; ++row) bits |= ~(value(count, row, c) <= vector_t<A>{}) & (1 << row);
+      const Bytes bytes = __builtin_convertvector(bits, Bytes);
+      memcpy(mask + c, &bytes, sizeof(bytes));
+    }
+  });
+}
+
+// g where relu(y) passes it, 0 elsewhere.
+template <bool kRelu, class T, class V, class U>
+inline V gated(V g, V x, U mean, U scale, U bias) {
+  if constexpr (!kRelu) return g;
+#if defined(__x86_64__)
+  asm("" : "+x"(g));  // else the load of g becomes a masked one, which waits for the comparison
+#endif
+  const V y = rounded<T>(normalised(x, mean, scale, bias));
+  return y <= V{} ? V{} : g;
+}
+
+template <bool kRelu, class T, class V>
+inline V relu_of(V y) {
+  if constexpr (!kRelu) return y;
+  return rounded<T>(y) <= V{} ? V{} : y;
+}
+
+// The two sums that term(count, offset, first, second) adds to, over all values of one channel. fetch(offset) announces
+// what is read soon: planes that are small and far apart are over before the memory has seen where it goes.
+template <class A, class Term, class Fetch>
+inline void plane_sums(int64_t batch, int64_t pitch, int64_t pixels, double* first, double* second, const Term& term,
+                       const Fetch& fetch) {
+  constexpr int64_t kAhead = 512, kLine = 64 / sizeof(A);  // values
+  const int64_t planes_ahead = 1 + kAhead / (pixels + 1), fetched = pixels < kAhead ? pixels : kAhead;
+  constexpr int kWidth = kLanes<A>;
+  vector_t<A> a[2] = {}, b[2] = {};
+  A rest_a = 0, rest_b = 0;
   double total_a = 0, total_b = 0;
   int64_t since_flush = 0;
   for (int64_t n = 0; n < batch; ++n) {
+    if (n + planes_ahead < batch)
+      for (int64_t i = 0; i < fetched; i += kLine) fetch((n + planes_ahead) * pitch + i);
     for (int64_t begin = 0; begin < pixels; begin += kFlush) {
       const int64_t span = begin + kFlush < pixels ? kFlush : pixels - begin, start = n * pitch + begin;
       int64_t i = 0;
-      for (; i + kLanes <= span; i += kLanes)
-        for (int lane = 0; lane < kLanes; ++lane) term(start + i + lane, a[lane], b[lane]);
-      for (; i + kWidth <= span; i += kWidth)
-        for (int lane = 0; lane < kWidth; ++lane) term(start + i + lane, a[lane], b[lane]);
-      for (; i < span; ++i) term(start + i, rest_a, rest_b);
+      for (; i + 2 * kWidth <= span; i += 2 * kWidth) {
+        term(std::integral_constant<int, kWidth>(), start + i, a[0], b[0]);
+        term(std::integral_constant<int, kWidth>(), start + i + kWidth, a[1], b[1]);
+      }
+      if (i + kWidth <= span) {
+        term(std::integral_constant<int, kWidth>(), start + i, a[0], b[0]);
+        i += kWidth;
+      }
+      for (; i < span; ++i) term(std::integral_constant<int, 1>(), start + i, rest_a, rest_b);
       since_flush += span;
       if (since_flush < kFlush && n + 1 < batch) continue;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        total_a += a[lane], total_b += b[lane];
-        a[lane] = b[lane] = 0;
+      for (int k = 0; k < 2; ++k) {
+        for (int lane = 0; lane < kWidth; ++lane) total_a += a[k][lane], total_b += b[k][lane];
+        a[k] = b[k] = vector_t<A>{};
       }
       total_a += rest_a, total_b += rest_b;
       rest_a = rest_b = 0, since_flush = 0;
@@ -93,11 +207,12 @@ void statistics_planes(const T* input, int64_t batch, int64_t pitch, int64_t pix
   }
   if (!(about - about == 0)) about = 0;  // an infinity belongs into the sums, where the mean comes out infinite
   double sum, square;
-  plane_sums<A>(batch, pitch, pixels, &sum, &square, [=](int64_t i, A& s, A& q) {
-    const A d = static_cast<A>(input[i]) - about;
+  const auto term = [=](auto count, int64_t i, auto& s, auto& q) {
+    const auto d = values<count()>(input + i) - about;
     s += d;
     q += d * d;
-  });
+  };
+  plane_sums<A>(batch, pitch, pixels, &sum, &square, term, [=](int64_t i) { __builtin_prefetch(input + i); });
   const double values = static_cast<double>(batch) * static_cast<double>(pixels);
   const double count = values < 1 ? 1 : values;  // an empty channel has the statistics of a zero
   const double shift = sum / count;
@@ -107,207 +222,228 @@ void statistics_planes(const T* input, int64_t batch, int64_t pitch, int64_t pix
 }
 
 template <bool kRelu, bool kResidual, class T>
-inline void apply_to_plane(const T* input, const T* residual, T* __restrict__ output, int64_t pixels,
-                           accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias) {
-  using A = accumulate_t<T>;
-  for (int64_t i = 0; i < pixels; ++i) {
-    A y = normalised(static_cast<A>(input[i]), mean, scale, bias);
-    if constexpr (kResidual) y += static_cast<A>(residual[i]);
-    const T result = static_cast<T>(y);
-    output[i] = kRelu && !passes(result) ? T(0) : result;
-  }
+inline void apply_to_plane(const T* input, const T* residual, T* output, int64_t pixels, accumulate_t<T> mean,
+                           accumulate_t<T> scale, accumulate_t<T> bias, bool past_caches) {
+  for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
+    auto y = normalised(values<count()>(input + i), mean, scale, bias);
+    if constexpr (kResidual) y += values<count()>(residual + i);
+    store_values<count()>(relu_of<kRelu, T>(y), output + i, past_caches);
+  });
 }
 
-// One plane of the forward; `residual` may be null, and `mask`, of one bit a value, with it.
+// One plane of the forward; `residual` may be null. `mask` has one bit a value, and is there with a residual and relu.
 template <class T>
 void apply_plane(const T* input, const T* residual, T* output, uint8_t* mask, int64_t pixels, accumulate_t<T> mean,
-                 accumulate_t<T> scale, accumulate_t<T> bias, bool relu) {
-  if (residual != nullptr && relu) {
-    apply_to_plane<true, true>(input, residual, output, pixels, mean, scale, bias);
+                 accumulate_t<T> scale, accumulate_t<T> bias, bool relu, bool past_caches) {
+  if (mask != nullptr) {
+    pack_plane<accumulate_t<T>>(mask, pixels, [=](auto count, int64_t i) {
+      const auto y =
+          rounded<T>(normalised(values<count()>(input + i), mean, scale, bias) + values<count()>(residual + i));
+      store_values<count()>(relu_of<true, T>(y), output + i, past_caches);
+      return y;
+    });
   } else if (residual != nullptr) {
-    apply_to_plane<false, true>(input, residual, output, pixels, mean, scale, bias);
+    apply_to_plane<false, true>(input, residual, output, pixels, mean, scale, bias, past_caches);
   } else if (relu) {
-    apply_to_plane<true, false>(input, residual, output, pixels, mean, scale, bias);
+    apply_to_plane<true, false>(input, residual, output, pixels, mean, scale, bias, past_caches);
   } else {
-    apply_to_plane<false, false>(input, residual, output, pixels, mean, scale, bias);
+    apply_to_plane<false, false>(input, residual, output, pixels, mean, scale, bias, past_caches);
   }
-  if (mask != nullptr) pack_bits(mask, pixels, [=](int64_t i) { return passes(output[i]); });
 }
 
 // The mask of relu(y) from the input of one plane.
 template <class T>
 void mask_plane(const T* input, uint8_t* mask, int64_t pixels, accumulate_t<T> mean, accumulate_t<T> scale,
                 accumulate_t<T> bias) {
+  pack_plane<accumulate_t<T>>(mask, pixels, [=](auto count, int64_t i) {
+    return rounded<T>(normalised(values<count()>(input + i), mean, scale, bias));
+  });
+}
+
+template <class T>
+void masked_plane(const T* grad_output, const uint8_t* mask, T* output, int64_t pixels, bool past_caches) {
   using A = accumulate_t<T>;
-  pack_bits(mask, pixels,
-            [=](int64_t i) { return passes(static_cast<T>(normalised(static_cast<A>(input[i]), mean, scale, bias))); });
-}
-
-template <class T>
-void masked_plane(const T* grad_output, const uint8_t* mask, T* __restrict__ output, int64_t pixels) {
-  // Groups of 64, not 16, whose flags are read too soon after they are written: 3 ms against 54 on 32x64x56x56.
-  for (int64_t begin = 0; begin < pixels; begin += 64) {
-    const int64_t count = pixels - begin < 64 ? pixels - begin : 64;
-    uint8_t flags[64] = {};
-    for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
-      // The byte eight times, in each copy another bit left standing.
-      const uint64_t word = mask[begin / 8 + byte] * UINT64_C(0x0101010101010101) & UINT64_C(0x8040201008040201);
-      memcpy(flags + 8 * byte, &word, 8);
-    }
-    const T* grad = grad_output + begin;
-    T* out = output + begin;
-    if (count == 64) {
-      for (int i = 0; i < 64; ++i) out[i] = flags[i] != 0 ? grad[i] : T(0);
-    } else {
-      for (int64_t i = 0; i < count; ++i) out[i] = flags[i] != 0 ? grad[i] : T(0);
-    }
+  using Bits = decltype(vector_t<A>{} <= vector_t<A>{});
+  Bits bit;
+  for (int lane = 0; lane < kLanes<A>; ++lane) bit[lane] = 1 << lane;
+  int64_t i = 0;
+  for (; i + kLanes<A> <= pixels; i += kLanes<A>) {
+    int bits = mask[i / 8] >> i % 8;  // lane 0's is the lowest
+    if constexpr (sizeof(vector_t<A>) > 8 * sizeof(A)) bits |= mask[i / 8 + 1] << 8;
+    store_values<kLanes<A>>(
+        ((bits - Bits{}) & bit) == 0 ? vector_t<A>{} : load_vector<accumulate_t<T>>(grad_output + i), output + i,
+        past_caches);
   }
+  for (; i < pixels; ++i) output[i] = mask[i / 8] >> i % 8 & 1 ? grad_output[i] : T(0);
 }
 
 template <class T>
-void scale_plane(const T* input, T* __restrict__ output, int64_t pixels, accumulate_t<T> scale) {
-  for (int64_t i = 0; i < pixels; ++i) output[i] = static_cast<T>(static_cast<accumulate_t<T>>(input[i]) * scale);
+void scale_plane(const T* input, T* output, int64_t pixels, accumulate_t<T> scale, bool past_caches) {
+  for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
+    store_values<count()>(values<count()>(input + i) * scale, output + i, past_caches);
+  });
 }
 
 // sum g and sum g * (x - mean) of one channel; with kRelu, g is gated by relu(y) first.
 template <bool kRelu, class T>
 void sums_planes(const T* grad_output, const T* input, int64_t batch, int64_t pitch, int64_t pixels,
                  accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias, double* sum, double* dot) {
-  using A = accumulate_t<T>;
-  plane_sums<A>(batch, pitch, pixels, sum, dot, [=](int64_t i, A& s, A& d) {
-    const A x = static_cast<A>(input[i]);
-    const A g = gated<kRelu>(grad_output[i], x, mean, scale, bias);
+  const auto term = [=](auto count, int64_t i, auto& s, auto& d) {
+    const auto x = values<count()>(input + i);
+    const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, mean, scale, bias);
     s += g;
     d += g * (x - mean);
+  };
+  plane_sums<accumulate_t<T>>(batch, pitch, pixels, sum, dot, term, [=](int64_t i) {
+    __builtin_prefetch(input + i);
+    __builtin_prefetch(grad_output + i);
   });
 }
 
 // scale * (g - mean_grad + by_input * (x - mean)): of gradients that are all alike the difference is exactly zero.
 template <bool kRelu, class T>
-void input_grad_plane(const T* grad_output, const T* input, T* __restrict__ grad_input, int64_t pixels,
-                      accumulate_t<T> mean, accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> mean_grad,
-                      accumulate_t<T> by_input) {
-  using A = accumulate_t<T>;
-  for (int64_t i = 0; i < pixels; ++i) {
-    const A x = static_cast<A>(input[i]);
-    const A g = gated<kRelu>(grad_output[i], x, mean, scale, bias);
-    grad_input[i] = static_cast<T>(scale * ((g - mean_grad) + (x - mean) * by_input));
-  }
+void input_grad_plane(const T* grad_output, const T* input, T* grad_input, int64_t pixels, accumulate_t<T> mean,
+                      accumulate_t<T> scale, accumulate_t<T> bias, accumulate_t<T> mean_grad, accumulate_t<T> by_input,
+                      bool past_caches) {
+  for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
+    const auto x = values<count()>(input + i);
+    const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, mean, scale, bias);
+    store_values<count()>(scale * ((g - mean_grad) + (x - mean) * by_input), grad_input + i, past_caches);
+  });
 }
 
 // The same over rows; per channel numbers are arrays.
 
-// first[c] = sum over rows of term(row, c), second[c] of its second part; a few vectors of channels stay in registers.
+// first[c] = sum over rows of term(count, row, c), second[c] of its second part. The rows are read from end to end,
+// which is what memory is fast at, some at a time, so that the sums are seldom read and written.
 template <class A, class Term>
-inline void column_sums(int64_t rows, int64_t channels, A* __restrict__ first, A* __restrict__ second,
-                        const Term& term) {
-  constexpr int kTile = 4 * kVectorBytes / sizeof(A);
-  int64_t c = 0;
-  for (; c + kTile <= channels; c += kTile) {
-    A a[kTile] = {}, b[kTile] = {};
-    for (int64_t row = 0; row < rows; ++row)
-      for (int lane = 0; lane < kTile; ++lane) term(row, c + lane, a[lane], b[lane]);
-    for (int lane = 0; lane < kTile; ++lane) first[c + lane] = a[lane], second[c + lane] = b[lane];
-  }
-  for (int64_t rest = c; rest < channels; ++rest) first[rest] = second[rest] = 0;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t rest = c; rest < channels; ++rest) term(row, rest, first[rest], second[rest]);
+inline void column_sums(int64_t rows, int64_t channels, A* first, A* second, const Term& term) {
+  constexpr int kTogether = 4;
+  const int64_t vectors = channels / kLanes<A> * kLanes<A>;
+  for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
+  const auto add = [&](auto count, auto together, int64_t row, int64_t c) {
+    auto a = values<count()>(first + c), b = values<count()>(second + c);
+    for (int k = 0; k < together(); ++k) term(count, row + k, c, a, b);
+    store_values<count()>(a, first + c);
+    store_values<count()>(b, second + c);
+  };
+  const auto add_rows = [&](auto together, int64_t row) {
+    int64_t c = 0;
+    for (; c < vectors; c += kLanes<A>) add(std::integral_constant<int, kLanes<A>>(), together, row, c);
+    for (; c < channels; ++c) add(std::integral_constant<int, 1>(), together, row, c);
+  };
+  int64_t row = 0;
+  for (; row + kTogether <= rows; row += kTogether) add_rows(std::integral_constant<int, kTogether>(), row);
+  for (; row < rows; ++row) add_rows(std::integral_constant<int, 1>(), row);
 }
 
 template <class T>
 void statistics_rows(const T* input, int64_t rows, int64_t channels, const accumulate_t<T>* about, accumulate_t<T>* sum,
                      accumulate_t<T>* square) {
-  using A = accumulate_t<T>;
-  column_sums(rows, channels, sum, square, [=](int64_t row, int64_t c, A& s, A& q) {
-    const A d = static_cast<A>(input[row * channels + c]) - about[c];
+  column_sums(rows, channels, sum, square, [=](auto count, int64_t row, int64_t c, auto& s, auto& q) {
+    const auto d = values<count()>(input + row * channels + c) - values<count()>(about + c);
     s += d;
     q += d * d;
   });
 }
 
 template <bool kRelu, bool kResidual, class T>
-inline void apply_to_rows(const T* input, const T* residual, T* __restrict__ output, int64_t rows, int64_t channels,
-                          const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias) {
-  using A = accumulate_t<T>;
+inline void apply_to_rows(const T* input, const T* residual, T* output, int64_t rows, int64_t channels,
+                          const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
+                          bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c) {
+    for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
-      A y = normalised(static_cast<A>(input[i]), mean[c], scale[c], bias[c]);
-      if constexpr (kResidual) y += static_cast<A>(residual[i]);
-      const T result = static_cast<T>(y);
-      output[i] = kRelu && !passes(result) ? T(0) : result;
-    }
-}
-
-// Eight rows share a row of bytes in `mask`.
-template <class Flag>
-inline void pack_rows(uint8_t* __restrict__ mask, int64_t rows, int64_t channels, const Flag& flag) {
-  for (int64_t c = 0; c < channels; ++c) mask[c] = 0;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c) mask[c] |= static_cast<uint8_t>(flag(row, c) << row);
+      auto y = normalised(values<count()>(input + i), values<count()>(mean + c), values<count()>(scale + c),
+                          values<count()>(bias + c));
+      if constexpr (kResidual) y += values<count()>(residual + i);
+      store_values<count()>(relu_of<kRelu, T>(y), output + i, past_caches);
+    });
 }
 
 template <class T>
 void apply_rows(const T* input, const T* residual, T* output, uint8_t* mask, int64_t rows, int64_t channels,
-                const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias, bool relu) {
-  if (residual != nullptr && relu) {
-    apply_to_rows<true, true>(input, residual, output, rows, channels, mean, scale, bias);
+                const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias, bool relu,
+                bool past_caches) {
+  if (mask != nullptr) {
+    pack_rows<accumulate_t<T>>(mask, rows, channels, [=](auto count, int64_t row, int64_t c) {
+      const int64_t i = row * channels + c;
+      const auto y = rounded<T>(normalised(values<count()>(input + i), values<count()>(mean + c),
+                                           values<count()>(scale + c), values<count()>(bias + c)) +
+                                values<count()>(residual + i));
+      store_values<count()>(relu_of<true, T>(y), output + i, past_caches);
+      return y;
+    });
   } else if (residual != nullptr) {
-    apply_to_rows<false, true>(input, residual, output, rows, channels, mean, scale, bias);
+    apply_to_rows<false, true>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   } else if (relu) {
-    apply_to_rows<true, false>(input, residual, output, rows, channels, mean, scale, bias);
+    apply_to_rows<true, false>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   } else {
-    apply_to_rows<false, false>(input, residual, output, rows, channels, mean, scale, bias);
+    apply_to_rows<false, false>(input, residual, output, rows, channels, mean, scale, bias, past_caches);
   }
-  if (mask != nullptr)
-    pack_rows(mask, rows, channels, [=](int64_t row, int64_t c) { return passes(output[row * channels + c]); });
 }
 
 template <class T>
 void mask_rows(const T* input, uint8_t* mask, int64_t rows, int64_t channels, const accumulate_t<T>* mean,
                const accumulate_t<T>* scale, const accumulate_t<T>* bias) {
-  using A = accumulate_t<T>;
-  pack_rows(mask, rows, channels, [=](int64_t row, int64_t c) {
-    return passes(static_cast<T>(normalised(static_cast<A>(input[row * channels + c]), mean[c], scale[c], bias[c])));
+  pack_rows<accumulate_t<T>>(mask, rows, channels, [=](auto count, int64_t row, int64_t c) {
+    return rounded<T>(normalised(values<count()>(input + row * channels + c), values<count()>(mean + c),
+                                 values<count()>(scale + c), values<count()>(bias + c)));
   });
 }
 
 template <class T>
-void masked_rows(const T* grad_output, const uint8_t* mask, T* __restrict__ output, int64_t rows, int64_t channels) {
+void masked_rows(const T* grad_output, const uint8_t* mask, T* output, int64_t rows, int64_t channels,
+                 bool past_caches) {
+  using A = accumulate_t<T>;
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c)
-      output[row * channels + c] = mask[c] >> row & 1 ? grad_output[row * channels + c] : T(0);
+    for_values<A>(channels, [=](auto count, int64_t c) {
+      const int64_t i = row * channels + c;
+      if constexpr (count() == 1) {
+        output[i] = mask[c] >> row & 1 ? grad_output[i] : T(0);
+      } else {
+        typedef uint8_t Bytes __attribute__((vector_size(count())));
+        Bytes bytes;
+        memcpy(&bytes, mask + c, sizeof(bytes));
+        const auto bits = __builtin_convertvector(bytes, decltype(vector_t<A>{} <= vector_t<A>{}));
+        const auto g = load_vector<accumulate_t<T>>(grad_output + i);
+        store_values<count()>((bits & (1 << row)) == 0 ? vector_t<A>{} : g, output + i, past_caches);
+      }
+    });
 }
 
 template <class T>
-void scale_rows(const T* input, T* __restrict__ output, int64_t rows, int64_t channels, const accumulate_t<T>* scale) {
+void scale_rows(const T* input, T* output, int64_t rows, int64_t channels, const accumulate_t<T>* scale,
+                bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c)
-      output[row * channels + c] = static_cast<T>(static_cast<accumulate_t<T>>(input[row * channels + c]) * scale[c]);
+    for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
+      const int64_t i = row * channels + c;
+      store_values<count()>(values<count()>(input + i) * values<count()>(scale + c), output + i, past_caches);
+    });
 }
 
 template <bool kRelu, class T>
 void sums_rows(const T* grad_output, const T* input, int64_t rows, int64_t channels, const accumulate_t<T>* mean,
                const accumulate_t<T>* scale, const accumulate_t<T>* bias, accumulate_t<T>* sum, accumulate_t<T>* dot) {
-  using A = accumulate_t<T>;
-  column_sums(rows, channels, sum, dot, [=](int64_t row, int64_t c, A& s, A& d) {
-    const A x = static_cast<A>(input[row * channels + c]);
-    const A g = gated<kRelu>(grad_output[row * channels + c], x, mean[c], scale[c], bias[c]);
+  column_sums(rows, channels, sum, dot, [=](auto count, int64_t row, int64_t c, auto& s, auto& d) {
+    const auto x = values<count()>(input + row * channels + c), m = values<count()>(mean + c);
+    const auto g = gated<kRelu, T>(values<count()>(grad_output + row * channels + c), x, m, values<count()>(scale + c),
+                                   values<count()>(bias + c));
     s += g;
-    d += g * (x - mean[c]);
+    d += g * (x - m);
   });
 }
 
 template <bool kRelu, class T>
-void input_grad_rows(const T* grad_output, const T* input, T* __restrict__ grad_input, int64_t rows, int64_t channels,
+void input_grad_rows(const T* grad_output, const T* input, T* grad_input, int64_t rows, int64_t channels,
                      const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
-                     const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input) {
-  using A = accumulate_t<T>;
+                     const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input, bool past_caches) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < channels; ++c) {
+    for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
-      const A x = static_cast<A>(input[i]);
-      const A g = gated<kRelu>(grad_output[i], x, mean[c], scale[c], bias[c]);
-      grad_input[i] = static_cast<T>(scale[c] * ((g - mean_grad[c]) + (x - mean[c]) * by_input[c]));
-    }
+      const auto x = values<count()>(input + i), m = values<count()>(mean + c), s = values<count()>(scale + c);
+      const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, m, s, values<count()>(bias + c));
+      store_values<count()>(s * ((g - values<count()>(mean_grad + c)) + (x - m) * values<count()>(by_input + c)),
+                            grad_input + i, past_caches);
+    });
 }

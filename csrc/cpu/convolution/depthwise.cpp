@@ -1,37 +1,34 @@
 // Depthwise convolution: every channel has a window of its own, so that there is nothing to multiply blocks of.
 #include <utility>
 
+#include "cpu/caches.h"
 #include "cpu/convolution/convolution.h"
+#include "cpu/scratch.h"
 
 namespace manual_ops {
 
-// A tap's first source (elements from the start of the copy, or of the image) and its place in the weight.
-struct PlaneTap {
-  int64_t source, weight;
+// One tap, or some neighbours in a row of the window. `begin` .. `end` are the positions along the row, counted in
+// sources (of one tap in destinations), at which it meets a source inside; that of position 0 is `source`.
+struct DepthwiseTap {
+  int64_t source, weight, begin, end;
 };
 
-// The planar copy has a place for every residue of the stride, used or not: larger strides are for the dense kernels.
-constexpr int64_t kLargestStep = 8;
+// Element (z, y, x) of an operand lies at origin + z*depth + y*row + x*column. A packed one holds only the depths that
+// are read, one after another.
+struct Operand {
+  int64_t origin, depth, row, column;
+  bool packed;
+};
 
-// One axis of the copy: position k of residue r is source (begin + k)*step + r.
-struct CopyAxis {
-  int64_t step, begin, size;
-  Range q;  // of the destinations
+// From destination to destination, and from tap to tap.
+struct InputPitches {
+  int64_t next_row, next_column, tap_row, tap_column, ahead_input, ahead_grad;
+};
 
-  CopyAxis(const GatherAxis& axis, Range destinations)
-      : step(axis.step), q{destinations.begin / axis.phases, (destinations.end + axis.phases - 1) / axis.phases} {
-    int64_t low = 0, high = 0;
-    for (int64_t tap = 0; tap < axis.taps; ++tap) {
-      const int64_t shift = shift_of(axis.offset[tap]);
-      low = tap == 0 || shift < low ? shift : low;
-      high = tap == 0 || shift > high ? shift : high;
-    }
-    begin = q.begin + low;
-    size = q.size() + high - low;
-  }
-  int64_t residue_of(int64_t offset) const { return (offset % step + step) % step; }
-  int64_t shift_of(int64_t offset) const { return (offset - residue_of(offset)) / step; }
-  int64_t position_of(int64_t offset) const { return q.begin + shift_of(offset) - begin; }
+// What one unit of parallel work computes, and the sources that it reads.
+struct DepthwisePart {
+  int64_t image, depth, channel, channels;
+  Range rows, columns, source_rows, source_columns;
 };
 
 }  // namespace manual_ops
@@ -43,77 +40,149 @@ namespace manual_ops {
 
 namespace {
 
-// The channels-last weight gradient is summed in at most so many parts, which are added in their order.
-constexpr int64_t kParts = 16;
 // A vector of any instruction set is no longer than this many values.
 constexpr int64_t kMostLanes = 16;
+// The copies of a part lie in the second-level cache, next to what is being read and written.
+constexpr int64_t kCopyBytes = 256 * 1024;
+// So many columns of a copy, and of a result.
+constexpr int64_t kMostColumns = 512;
+constexpr int64_t kLeastPixels = 56;
+// At least so many parts, for threads to share, where there are as many images, channels and rows.
+constexpr int64_t kLeastParts = 64;
+// Weight gradients of channels_last tensors are summed in so many shares.
+constexpr int64_t kShares = 16;
 
-// [channel][tap], or [tap][channel], in the accumulation type and in the plan's order of taps.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class A>
+int64_t vector_lanes() {
+  int64_t lanes = 0;
+  MANUAL_OPS_FOR_ISA(vector_lanes<A>(&lanes));
+  return lanes;
+}
+
+// Vectors of channels; the last overlaps the one before it where they do not divide the channels.
+struct ChannelVectors {
+  int64_t lanes, all, count;
+
+  ChannelVectors(int64_t vector, int64_t channels)
+      : lanes(std::min(vector, channels)), all(channels), count(ceil_div(channels, lanes)) {}
+  int64_t first(int64_t index) const { return std::min(index * lanes, all - lanes); }
+};
+
+// How the planes of the destination are cut: nearly equal blocks of rows and columns.
+struct PartList {
+  int64_t images, depths, row_blocks, column_blocks;
+
+  // Blocks whose copies, of `bytes` a pixel, fit into the cache, in parts enough for `vectors` vectors of channels.
+  PartList(const Gather& plan, int64_t bytes, int64_t vectors) : PartList(plan) {
+    const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
+    column_blocks = ceil_div(width.destination, kMostColumns);
+    const Range columns = reach(width, {0, ceil_div(width.destination, column_blocks)});
+    int64_t rows = height.destination;
+    const auto too_large = [&] {
+      return reach(height, {0, rows}).size() * columns.size() * bytes > kCopyBytes ||
+             images * depths * vectors * column_blocks * ceil_div(height.destination, rows) < kLeastParts;
+    };
+    while (rows > 8 && too_large()) rows = ceil_div(rows, 2);
+    row_blocks = ceil_div(height.destination, rows);
+  }
+
+  // Whole rows, as few as sums in registers are worth their start for.
+  explicit PartList(const Gather& plan) : images(plan.batch), depths(plan.axis[0].destination), column_blocks(1) {
+    const int64_t rows = ceil_div(kLeastPixels, plan.axis[2].destination);
+    row_blocks = ceil_div(plan.axis[1].destination, rows);
+  }
+
+  int64_t count() const { return images * depths * row_blocks * column_blocks; }
+
+  DepthwisePart part(const Gather& plan, int64_t index, int64_t channel, int64_t channels) const {
+    const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
+    const int64_t column = index % column_blocks, row = index / column_blocks % row_blocks;
+    const int64_t plane = index / column_blocks / row_blocks;
+    DepthwisePart part{.image = plane / depths, .depth = plane % depths, .channel = channel, .channels = channels};
+    part.rows = {height.destination * row / row_blocks, height.destination * (row + 1) / row_blocks};
+    part.columns = {width.destination * column / column_blocks, width.destination * (column + 1) / column_blocks};
+    part.source_rows = clipped(reach(height, part.rows), height.source);
+    part.source_columns = clipped(reach(width, part.columns), width.source);
+    return part;
+  }
+
+  // The most sources and destinations of a part.
+  std::pair<int64_t, int64_t> pixels(const Gather& plan) const {
+    std::pair<int64_t, int64_t> most{0, 0};
+    for (int64_t index = 0; index < row_blocks * column_blocks; ++index) {
+      const DepthwisePart one = part(plan, index, 0, 0);
+      most.first = std::max(most.first, one.source_rows.size() * one.source_columns.size());
+      most.second = std::max(most.second, one.rows.size() * one.columns.size());
+    }
+    return most;
+  }
+};
+
+int64_t copied_planes(const Gather& plan) { return std::min(plan.axis[0].taps, plan.axis[0].source); }
+
+// [tap][channel], in the accumulation type and in the plan's order of taps; a vector may be read past the end.
 template <class T>
-std::vector<accumulate_t<T>> packed_weight(const Gather& plan, const WeightLayout& layout, const T* weight,
-                                           bool channels_last) {
+std::vector<accumulate_t<T>> packed_weight(const Gather& plan, const WeightLayout& layout, const T* weight) {
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
   const int64_t taps = plan.taps();
-  std::vector<accumulate_t<T>> packed(plan.groups * taps);
+  std::vector<accumulate_t<T>> packed(plan.groups * taps + kMostLanes);
   for (int64_t channel = 0; channel < plan.groups; ++channel)
     for (int64_t tap = 0; tap < taps; ++tap)
-      packed[channels_last ? tap * plan.groups + channel : channel * taps + tap] =
-          static_cast<accumulate_t<T>>(weight[channel * layout.group + offsets[tap]]);
+      packed[tap * plan.groups + channel] = static_cast<accumulate_t<T>>(weight[channel * layout.group + offsets[tap]]);
   return packed;
 }
 
-// The most values that the copy of one source plane takes, and so the sums.
-int64_t plane_values(const Gather& plan, const Blocking& blocking) {
-  const auto length = [](const GatherAxis& axis, int64_t destinations) {
-    const CopyAxis one(axis, {0, 1});  // a block that begins within a phase has one position more
-    return axis.step * (one.size + (destinations + axis.phases - 1) / axis.phases);
-  };
-  return length(plan.axis[1], blocking.rows) * length(plan.axis[2], blocking.columns);
-}
-
-int64_t copy_values(const Gather& plan, const Blocking& blocking) {
-  return std::min(plan.axis[0].taps, plan.axis[0].source) * plane_values(plan, blocking) + kMostLanes;
+// Channels_last tensors that need no conversion are read in place, vectors over their channels.
+template <class T>
+bool in_place(const Gather& plan, bool channels_last, int64_t lanes) {
+  return std::is_same_v<T, accumulate_t<T>> && channels_last && plan.groups >= lanes;
 }
 
 }  // namespace
 
-bool depthwise_serves(const Gather& plan) {
-  return plan.source_channels == 1 && plan.channels == 1 && plan.groups > 1 &&
-         std::max(plan.axis[1].step, plan.axis[2].step) <= kLargestStep &&
-         std::max(plan.axis[1].phases, plan.axis[2].phases) <= kLargestStep;
-}
+bool depthwise_serves(const Gather& plan) { return plan.source_channels == 1 && plan.channels == 1 && plan.groups > 1; }
 
 template <class T>
 void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool channels_last, const T* source,
                       const T* weight, const T* bias, T* destination) {
   using A = accumulate_t<T>;
-  const std::vector<A> packed = packed_weight(plan, layout, weight, channels_last);
-  if (channels_last) {
-    std::vector<A> wide_bias;
-    if (bias != nullptr) wide_bias.assign(bias, bias + plan.groups);
-    const int64_t height = plan.axis[1].destination, depth = plan.axis[0].destination;
-    parallel_for(plan.batch * depth * height, plan.axis[2].destination * plan.groups * plan.taps() / 8,
-                 [&](int64_t begin, int64_t end) {
-                   std::vector<PlaneTap> taps(plan.taps());
-                   for (int64_t row = begin; row < end; ++row)
-                     MANUAL_OPS_FOR_ISA(depthwise_row(
-                         plan, row / height / depth, row / height % depth, row % height, source, packed.data(),
-                         bias == nullptr ? nullptr : wide_bias.data(), destination, taps.data()));
-                 });
-    return;
+  const int64_t lanes = vector_lanes<A>(), taps = plan.taps();
+  const std::vector<A> packed = packed_weight(plan, layout, weight);
+  std::vector<A> wide_bias(plan.groups + kMostLanes);
+  if (bias != nullptr)
+    for (int64_t channel = 0; channel < plan.groups; ++channel) wide_bias[channel] = static_cast<A>(bias[channel]);
+  const ChannelVectors vectors(lanes, plan.groups);
+  const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
+
+  if constexpr (std::is_same_v<T, A>) {
+    if (in_place<T>(plan, channels_last, lanes)) {
+      const bool past_caches =
+          write_past_caches(destination, plan.batch * plan.destination.image * sizeof(A), plan.groups * sizeof(A));
+      parallel_for(plan.batch * plan.axis[0].destination * height.destination,
+                   width.destination * plan.groups * taps / 8, [&](int64_t begin, int64_t end) {
+                     std::vector<DepthwiseTap> list(taps);
+                     MANUAL_OPS_FOR_ISA(depthwise_rows(plan, begin, end, source, packed.data(), wide_bias.data(),
+                                                       destination, past_caches, list.data()));
+                   });
+      return;
+    }
   }
-  const Blocking blocking = choose_blocking(plan, false, 1, sizeof(A));
-  const int64_t planes = plan.batch * plan.groups, blocks = blocking.count / plan.batch;
-  const int64_t work = blocking.rows * blocking.columns * plan.taps() / 8;
-  parallel_for(blocks * planes, work, [&](int64_t begin, int64_t end) {
-    std::vector<A> copy(copy_values(plan, blocking)), sums(plane_values(plan, blocking) + kMostLanes);
-    std::vector<PlaneTap> taps(plan.taps());
-    while (begin < end) {
-      const int64_t block = begin / planes, last = std::min(end, (block + 1) * planes);
-      MANUAL_OPS_FOR_ISA(depthwise_planes(plan, block_at(plan, blocking, block, 0), begin - block * planes,
-                                          last - block * planes, source, packed.data(), bias, destination, copy.data(),
-                                          sums.data(), taps.data()));
-      begin = last;
+  const PartList parts(plan, copied_planes(plan) * lanes * sizeof(A), vectors.count);
+  const auto [sources, destinations] = parts.pixels(plan);
+  // Of the result so many rows at a time that they are turned back in whole squares.
+  const int64_t columns = ceil_div(width.destination, parts.column_blocks);
+  const int64_t result_rows = destinations <= kMostColumns ? height.destination : ceil_div(lanes, columns);
+  parallel_for(parts.count() * vectors.count, destinations * taps / 4, [&](int64_t begin, int64_t end) {
+    const Scratch<A> copy(copied_planes(plan) * sources * lanes), result(result_rows * columns * lanes);
+    std::fill(copy.data(), copy.data() + copied_planes(plan) * sources * lanes, A(0));
+    std::vector<DepthwiseTap> list(taps);
+    for (int64_t item = begin; item < end; ++item) {
+      const DepthwisePart part =
+          parts.part(plan, item / vectors.count, vectors.first(item % vectors.count), vectors.lanes);
+      MANUAL_OPS_FOR_ISA(depthwise_part(plan, part, source, packed.data(), wide_bias.data(), destination, copy.data(),
+                                        result.data(), result_rows, list.data()));
     }
   });
 }
@@ -123,40 +192,43 @@ void depthwise_weight_grad(const Gather& plan, const WeightLayout& layout, bool 
                            const T* grad_output, T* grad_weight) {
   using A = accumulate_t<T>;
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const int64_t channels = plan.groups, taps = plan.taps();
-  if (channels_last) {
-    const int64_t height = plan.axis[1].destination, depth = plan.axis[0].destination;
-    const int64_t rows = plan.batch * depth * height, parts = std::max<int64_t>(1, std::min(rows, kParts));
-    std::vector<A> sums(parts * taps * channels);
-    parallel_for(parts, rows / parts * plan.axis[2].destination * channels * taps / 8, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part)
-        for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row)
-          MANUAL_OPS_FOR_ISA(depthwise_row_weight_grad(plan, row / height / depth, row / height % depth, row % height,
-                                                       input, grad_output, sums.data() + part * taps * channels));
-    });
-    for (int64_t channel = 0; channel < channels; ++channel)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        A sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += sums[(part * taps + tap) * channels + channel];
-        grad_weight[channel * layout.group + offsets[tap]] = static_cast<T>(sum);
-      }
-    return;
-  }
-  const Blocking blocking = choose_blocking(plan, false, 1, sizeof(A));
-  parallel_for(channels, blocking.count * blocking.rows * blocking.columns * taps / 8, [&](int64_t begin, int64_t end) {
-    std::vector<A> copy(copy_values(plan, blocking)), sums(taps);
-    std::vector<A> grad(blocking.rows * (blocking.columns + kMostLanes));
-    std::vector<PlaneTap> list(taps);
-    for (int64_t channel = begin; channel < end; ++channel) {
-      std::fill(sums.begin(), sums.end(), A(0));
-      for (int64_t block = 0; block < blocking.count; ++block)
-        MANUAL_OPS_FOR_ISA(depthwise_plane_weight_grad(plan, block_at(plan, blocking, block, channel), input,
-                                                       grad_output, sums.data(), copy.data(), grad.data(),
-                                                       list.data()));
-      for (int64_t tap = 0; tap < taps; ++tap)
-        grad_weight[channel * layout.group + offsets[tap]] = static_cast<T>(sums[tap]);
+  const int64_t lanes = vector_lanes<A>(), taps = plan.taps();
+  const ChannelVectors vectors(lanes, plan.groups);
+  const bool direct = in_place<T>(plan, channels_last, lanes);
+  const PartList parts =
+      direct ? PartList(plan) : PartList(plan, copied_planes(plan) * lanes * sizeof(A), vectors.count);
+  const auto [sources, destinations] = parts.pixels(plan);
+  const int64_t columns = ceil_div(plan.axis[2].destination, parts.column_blocks);
+  // The parts are summed in shares, whose sums are added in their order: threads do not show in the bits. In place, all
+  // channels of a share are one item of work, so that rows are read from end to end.
+  const int64_t shares = std::min(parts.count(), direct ? kShares : ceil_div(kLeastParts, vectors.count));
+  const int64_t together = direct ? vectors.count : 1;
+  std::vector<A> sums(shares * vectors.count * taps * lanes);
+  const int64_t work = parts.count() / shares * destinations * together * taps / 4;
+  parallel_for(shares * vectors.count / together, work, [&](int64_t begin, int64_t end) {
+    const int64_t copied = direct ? 0 : copied_planes(plan) * sources * lanes;
+    const Scratch<A> copy(copied), grad(direct ? 0 : destinations * lanes);
+    std::fill(copy.data(), copy.data() + copied, A(0));
+    if (!direct) std::fill(grad.data(), grad.data() + destinations * lanes, A(0));
+    std::vector<uint8_t> inside(columns);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t share = item * together / vectors.count, first = item * together % vectors.count;
+      for (int64_t index = parts.count() * share / shares; index < parts.count() * (share + 1) / shares; ++index)
+        for (int64_t vector = first; vector < first + together; ++vector)
+          MANUAL_OPS_FOR_ISA(depthwise_weight_grad_part(
+              plan, parts.part(plan, index, vectors.first(vector), vectors.lanes), direct, input, grad_output,
+              sums.data() + (share * vectors.count + vector) * taps * lanes, copy.data(), grad.data(), inside.data()));
     }
   });
+  for (int64_t channel = 0; channel < plan.groups; ++channel) {
+    const int64_t vector = channel / vectors.lanes, lane = channel - vectors.first(vector);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      A sum = 0;
+      for (int64_t share = 0; share < shares; ++share)
+        sum += sums[((share * vectors.count + vector) * taps + tap) * lanes + lane];
+      grad_weight[channel * layout.group + offsets[tap]] = static_cast<T>(sum);
+    }
+  }
 }
 
 #define INSTANTIATE(T)                                                                                           \

@@ -1,190 +1,13 @@
 #include "cpu/convolution/copies.h"
+#include "cpu/past_caches.h"
 
-// Planar (contiguous) depthwise convolution. A plane is copied with its padding, taken apart into its residues modulo
-// the step: then every tap reads at a constant distance, and the whole plane is one long vector. Its rows have the same
-// pitch in the copy and in the result, and what falls between two rows of the result is not stored.
+// Depthwise convolution: vectors over channels, of channels_last tensors where they are and of others in a copy,
+// [row][column][lane]. Sources outside the plane are left out, so that no infinity in a tensor ever meets a zero.
 
-// Copies source (first + k)*step, k = 0 .. count-1, with zeros where that lies outside 0 .. size-1.
-template <class T>
-void copy_residue(const T* source, int64_t size, int64_t first, int64_t step, int64_t count, accumulate_t<T>* to) {
-  using A = accumulate_t<T>;
-  int64_t begin = first < 0 ? (-first + step - 1) / step : 0, end = first < size ? (size - 1 - first) / step + 1 : 0;
-  begin = begin < count ? begin : count;
-  end = end < begin ? begin : end < count ? end : count;
-  fill_zero(to, begin);
-  if (step == 1)
-    convert(source + first + begin, to + begin, end - begin);
-  else
-    for (int64_t k = begin; k < end; ++k) to[k] = static_cast<A>(source[first + k * step]);
-  fill_zero(to + end, count - end);
-}
-
-// [depth tap inside][row residue][column residue][row][column]; a vector's width of zeros behind.
-template <class T>
-void copy_plane(const Gather& plan, const Block& block, const CopyAxis& rows, const CopyAxis& columns, const T* plane,
-                accumulate_t<T>* to) {
-  const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
-  const int64_t phase = block.depth % depth.phases, position = block.depth / depth.phases * depth.step;
-  for (int64_t d = depth.first[phase]; d < depth.first[phase + 1]; ++d) {
-    const int64_t source_depth = position + depth.offset[d];
-    if (source_depth < 0 || source_depth >= depth.source) continue;
-    for (int64_t row_residue = 0; row_residue < rows.step; ++row_residue)
-      for (int64_t residue = 0; residue < columns.step; ++residue)
-        for (int64_t k = 0; k < rows.size; ++k, to += columns.size) {
-          const int64_t row = (rows.begin + k) * rows.step + row_residue;
-          if (row < 0 || row >= height.source)
-            fill_zero(to, columns.size);
-          else
-            copy_residue(plane + source_depth * plan.source.axis[0] + row * plan.source.axis[1], width.source,
-                         columns.begin * columns.step + residue, columns.step, columns.size, to);
-        }
-  }
-  fill_zero(to, kLanes<accumulate_t<T>>);
-}
-
-// The taps of one phase: where each finds its first source in the copy, and which tap it is.
-static int64_t list_taps(const Gather& plan, const Block& block, const CopyAxis& rows, const CopyAxis& columns,
-                         int64_t row_phase, int64_t column_phase, PlaneTap* taps) {
-  const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
-  const int64_t phase = block.depth % depth.phases, position = block.depth / depth.phases * depth.step;
-  int64_t count = 0, copied_depths = 0;
-  for (int64_t d = depth.first[phase]; d < depth.first[phase + 1]; ++d) {
-    const int64_t source_depth = position + depth.offset[d];
-    if (source_depth < 0 || source_depth >= depth.source) continue;
-    for (int64_t h = height.first[row_phase]; h < height.first[row_phase + 1]; ++h)
-      for (int64_t w = width.first[column_phase]; w < width.first[column_phase + 1]; ++w) {
-        const int64_t residues = (copied_depths * rows.step + rows.residue_of(height.offset[h])) * columns.step +
-                                 columns.residue_of(width.offset[w]);
-        taps[count++] = {(residues * rows.size + rows.position_of(height.offset[h])) * columns.size +
-                             columns.position_of(width.offset[w]),
-                         (d * height.taps + h) * width.taps + w};
-      }
-    ++copied_depths;
-  }
-  return count;
-}
-
-// sum[i] = bias + sum over taps of weight[tap] * source[tap.source + i], in whole vectors.
 template <class A>
-void correlate(const A* source, const PlaneTap* taps, int64_t tap_count, const A* weight, A bias, A* sum,
-               int64_t count) {
-  using V = Vector<A>;
-  constexpr int kUnroll = 4;  // independent sums, to hide the latency of an addition
-  int64_t i = 0;
-  for (; i + kUnroll * kLanes<A> <= count; i += kUnroll * kLanes<A>) {
-    V sums[kUnroll];
-    for (int v = 0; v < kUnroll; ++v) sums[v] = bias - V{};
-    for (int64_t tap = 0; tap < tap_count; ++tap) {
-      const V factor = weight[taps[tap].weight] - V{};
-      for (int v = 0; v < kUnroll; ++v) sums[v] += factor * load_lanes(source + taps[tap].source + i + v * kLanes<A>);
-    }
-    for (int v = 0; v < kUnroll; ++v) store_lanes(sums[v], sum + i + v * kLanes<A>);
-  }
-  for (; i < count; i += kLanes<A>) {
-    V one = bias - V{};
-    for (int64_t tap = 0; tap < tap_count; ++tap)
-      one += (weight[taps[tap].weight] - V{}) * load_lanes(source + taps[tap].source + i);
-    store_lanes(one, sum + i);
-  }
+void vector_lanes(int64_t* lanes) {
+  *lanes = kLanes<A>;
 }
-
-// The block of the planes (image, channel) first .. last. `weight` is [channel][tap].
-template <class T>
-void depthwise_planes(const Gather& plan, const Block& block, int64_t first, int64_t last, const T* source,
-                      const accumulate_t<T>* weight, const T* bias, T* destination, accumulate_t<T>* copy,
-                      accumulate_t<T>* sums, PlaneTap* taps) {
-  using A = accumulate_t<T>;
-  const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
-  const CopyAxis rows(height, block.rows), columns(width, block.columns);
-  int64_t first_tap[kLargestStep * kLargestStep + 1] = {};
-  for (int64_t phase = 0; phase < height.phases * width.phases; ++phase)
-    first_tap[phase + 1] = first_tap[phase] + list_taps(plan, block, rows, columns, phase / width.phases,
-                                                        phase % width.phases, taps + first_tap[phase]);
-  for (int64_t plane = first; plane < last; ++plane) {
-    const int64_t channel = plane % plan.groups;
-    copy_plane(plan, block, rows, columns, source + plane * plan.source.channel, copy);
-    T* to = destination + plane * plan.destination.channel + block.depth * plan.destination.axis[0];
-    for (int64_t row_phase = 0; row_phase < height.phases; ++row_phase)
-      for (int64_t phase = 0; phase < width.phases; ++phase) {
-        const int64_t* segment = first_tap + row_phase * width.phases + phase;
-        correlate(copy, taps + segment[0], segment[1] - segment[0], weight + channel * plan.taps(),
-                  bias == nullptr ? A(0) : static_cast<A>(bias[channel]), sums,
-                  (rows.q.size() - 1) * columns.size + columns.q.size());
-        const Range stored_rows = positions(height, block.rows, row_phase);
-        const Range stored = positions(width, block.columns, phase);
-        for (int64_t q = stored_rows.begin; q < stored_rows.end; ++q) {
-          const A* from = sums + (q - rows.q.begin) * columns.size + stored.begin - columns.q.begin;
-          T* row = to + (q * height.phases + row_phase) * plan.destination.axis[1];
-          if (width.phases == 1)
-            convert(from, row + stored.begin, stored.size());
-          else
-            for (int64_t k = 0; k < stored.size(); ++k)
-              row[(stored.begin + k) * width.phases + phase] = static_cast<T>(from[k]);
-        }
-      }
-  }
-}
-
-// sums[k] = sum over rows and columns of grad[row][column] * copy[taps[k] + row*pitch + column], for kTaps taps at
-// once. The rows of grad are as long as whole vectors; behind its end, copy holds other rows, whose infinities must not
-// meet it.
-template <class A, int kTaps>
-void correlate_grad(const A* grad, int64_t grad_pitch, const A* copy, int64_t pitch, int64_t rows, int64_t columns,
-                    const PlaneTap* taps, A* sums) {
-  using V = Vector<A>;
-  using Mask = decltype(V{} < V{});
-  Mask lane;
-  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
-  const int64_t whole = columns / kLanes<A> * kLanes<A>;
-  const Mask inside = lane < static_cast<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>(columns - whole);
-  V sum[kTaps] = {};
-  for (int64_t row = 0; row < rows; ++row, grad += grad_pitch, copy += pitch) {
-    for (int64_t i = 0; i < whole; i += kLanes<A>) {
-      const V g = load_lanes(grad + i);
-#pragma GCC unroll 8
-      for (int k = 0; k < kTaps; ++k) sum[k] += g * load_lanes(copy + taps[k].source + i);
-    }
-    if (whole == columns) continue;
-    const V g = load_lanes(grad + whole);
-#pragma GCC unroll 8
-    for (int k = 0; k < kTaps; ++k) {
-      const V x = load_lanes(copy + taps[k].source + whole);
-      sum[k] += g * (inside ? x : V{});
-    }
-  }
-  for (int k = 0; k < kTaps; ++k) {
-    A total = 0;
-    for (int i = 0; i < kLanes<A>; ++i) total += sum[k][i];
-    sums[taps[k].weight] += total;
-  }
-}
-
-// Adds one block of one plane to the gradient of its channel's window, `sums` [tap].
-template <class T>
-void depthwise_plane_weight_grad(const Gather& plan, const Block& block, const T* input, const T* grad_output,
-                                 accumulate_t<T>* sums, accumulate_t<T>* copy, accumulate_t<T>* grad, PlaneTap* taps) {
-  using A = accumulate_t<T>;
-  const CopyAxis rows(plan.axis[1], block.rows), columns(plan.axis[2], block.columns);
-  const int64_t count = block.columns.size(), pitch = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-  copy_plane(plan, block, rows, columns, input + block.image * plan.source.image + block.group * plan.source.channel,
-             copy);
-  grad_output += block.image * plan.destination.image + block.group * plan.destination.channel +
-                 block.depth * plan.destination.axis[0] + block.columns.begin;
-  for (int64_t row = 0; row < block.rows.size(); ++row) {
-    convert(grad_output + (block.rows.begin + row) * plan.destination.axis[1], grad + row * pitch, count);
-    fill_zero(grad + row * pitch + count, pitch - count);
-  }
-  const int64_t tap_count = list_taps(plan, block, rows, columns, 0, 0, taps);
-  int64_t tap = 0;
-  for (; tap + 5 <= tap_count; tap += 5)
-    correlate_grad<A, 5>(grad, pitch, copy, columns.size, block.rows.size(), count, taps + tap, sums);
-  for (; tap + 2 <= tap_count; tap += 2)
-    correlate_grad<A, 2>(grad, pitch, copy, columns.size, block.rows.size(), count, taps + tap, sums);
-  if (tap < tap_count)
-    correlate_grad<A, 1>(grad, pitch, copy, columns.size, block.rows.size(), count, taps + tap, sums);
-}
-
-// Channels-last depthwise convolution: vectors over channels.
 
 // The taps of axis `axis` that destination `position` meets inside the source: tap index and source, one after another.
 template <class Body>
@@ -196,127 +19,371 @@ inline void for_taps(const GatherAxis& axis, int64_t position, const Body& body)
   }
 }
 
-// kPixels pixels, which meet the same taps, by kVectors vectors of channels.
-template <class T, int kPixels, int kVectors>
-inline void depthwise_tile(const T* source, int64_t source_step, const accumulate_t<T>* weight, const PlaneTap* taps,
-                           int64_t tap_count, const accumulate_t<T>* bias, T* destination, int64_t destination_step) {
-  using A = accumulate_t<T>;
-  Vector<A> sum[kPixels][kVectors];
-  for (int v = 0; v < kVectors; ++v)
-    for (int i = 0; i < kPixels; ++i) sum[i][v] = bias == nullptr ? Vector<A>{} : load_lanes(bias + v * kLanes<A>);
-  for (int64_t tap = 0; tap < tap_count; ++tap)
-    for (int v = 0; v < kVectors; ++v) {
-      const Vector<A> factor = load_lanes(weight + taps[tap].weight + v * kLanes<A>);
-      for (int i = 0; i < kPixels; ++i)
-        sum[i][v] += factor * load_lanes(source + taps[tap].source + i * source_step + v * kLanes<A>);
+// The destinations q of one column phase of one row, for some vectors of channels.
+template <class A>
+struct DepthwiseRow {
+  const A *source, *weight, *bias;
+  A* to;                                  // of q = 0
+  int64_t pitch, weight_pitch, to_pitch;  // from position to position, tap to tap, q to q
+  const DepthwiseTap* taps;
+  int64_t tap_count, begin, end;
+  int64_t vectors, last_channel;  // the last vector starts no later than there, and overlaps the one before
+  int64_t ahead;                  // from the last source to those that the next row is the first to read; 0: in a cache
+  bool past_caches;
+};
+
+// kPixels destinations of one vector of channels. An entry of the list is kTaps neighbouring taps: each source that
+// they share is read once.
+template <class A, int kTaps, int kStep, int kPixels>
+inline void depthwise_tile(const DepthwiseRow<A>& row, int64_t channel, int64_t q) {
+  constexpr int kSources = (kPixels - 1) * kStep + kTaps;
+  const int64_t first = q * kStep;
+  Vector<A> sum[kPixels];
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i) sum[i] = load_lanes(row.bias + channel);
+  for (const DepthwiseTap* tap = row.taps; tap != row.taps + row.tap_count; ++tap) {
+    const int64_t begin = clamp<int64_t>(tap->begin - first, 0, kSources);
+    const int64_t end = clamp<int64_t>(tap->end - first, 0, kSources);
+    const uint64_t inside = (~UINT64_C(0) << begin) & ~(~UINT64_C(0) << end);
+    Vector<A> factor[kTaps];
+#pragma GCC unroll 8
+    for (int j = 0; j < kTaps; ++j) factor[j] = load_lanes(row.weight + tap->weight + j * row.weight_pitch + channel);
+    int64_t at = tap->source + first * row.pitch + channel;
+#pragma GCC unroll 64
+    for (int u = 0; u < kSources; ++u) {
+      if (inside >> u & 1) {
+        const Vector<A> value = load_lanes(row.source + at);
+#pragma GCC unroll 8
+        for (int j = 0; j < kTaps; ++j)
+          if (u >= j && (u - j) % kStep == 0 && (u - j) / kStep < kPixels) sum[(u - j) / kStep] += value * factor[j];
+      }
+      at += row.pitch;
+      asm("" : "+r"(at));  // one index that moves on, not an address in a register for each source
     }
-  for (int i = 0; i < kPixels; ++i)
-    for (int v = 0; v < kVectors; ++v) store_lanes(sum[i][v], destination + i * destination_step + v * kLanes<A>);
+  }
+  if (row.ahead != 0 && row.tap_count > 0) {
+    const A* next = row.source + (row.taps[row.tap_count - 1].source + row.ahead + first * row.pitch + channel);
+    for (int u = 0; u < kPixels * kStep; ++u, next += row.pitch) __builtin_prefetch(next);
+    if (kStep == 2) {
+      next += row.ahead / kStep - kPixels * kStep * row.pitch;
+      for (int u = 0; u < kPixels * kStep; ++u, next += row.pitch) __builtin_prefetch(next);
+    }
+  }
+  A* to = row.to + q * row.to_pitch + channel;
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i) {
+    if (row.past_caches)
+      store_past_caches(sum[i], to);
+    else
+      store_lanes(sum[i], to);
+    to += row.to_pitch;
+    asm("" : "+r"(to));
+  }
 }
 
-template <class T, int kPixels>
-void depthwise_pixels(int64_t channels, const T* source, int64_t source_step, const accumulate_t<T>* weight,
-                      const PlaneTap* taps, int64_t tap_count, const accumulate_t<T>* bias, T* destination,
-                      int64_t destination_step) {
-  using A = accumulate_t<T>;
-  constexpr int kVectors = kPixels == 1 ? 4 : 2;
-  int64_t c = 0;
-  for (; c + kVectors * kLanes<A> <= channels; c += kVectors * kLanes<A>)
-    depthwise_tile<T, kPixels, kVectors>(source + c, source_step, weight + c, taps, tap_count,
-                                         bias == nullptr ? nullptr : bias + c, destination + c, destination_step);
-  for (; c + kLanes<A> <= channels; c += kLanes<A>)
-    depthwise_tile<T, kPixels, 1>(source + c, source_step, weight + c, taps, tap_count,
-                                  bias == nullptr ? nullptr : bias + c, destination + c, destination_step);
-  for (; c < channels; ++c)
-    for (int i = 0; i < kPixels; ++i) {
-      A sum = bias == nullptr ? A(0) : bias[c];
-      for (int64_t tap = 0; tap < tap_count; ++tap)
-        sum += static_cast<A>(source[taps[tap].source + i * source_step + c]) * weight[taps[tap].weight + c];
-      destination[i * destination_step + c] = static_cast<T>(sum);
+template <class A, int kTaps, int kStep, int kPixels>
+void depthwise_tiles(const DepthwiseRow<A>& row) {
+  for (int64_t q = row.begin; q < row.end; q += kPixels)
+    for (int64_t v = 0; v < row.vectors; ++v) {
+      const int64_t channel = v * kLanes<A> < row.last_channel ? v * kLanes<A> : row.last_channel;
+      depthwise_tile<A, kTaps, kStep, kPixels>(row, channel, q + kPixels <= row.end ? q : row.end - kPixels);
     }
 }
 
-// One row of the destination, all channels. `weight` is [tap][channel].
-template <class T>
-void depthwise_row(const Gather& plan, int64_t image, int64_t depth, int64_t row, const T* source,
-                   const accumulate_t<T>* weight, const accumulate_t<T>* bias, T* destination, PlaneTap* taps) {
-  constexpr int kPixels = 4;
+// In tiles of the width that computes the fewest destinations twice: the last tile overlaps the one before.
+template <class A, int kTaps, int kStep>
+void depthwise_columns(const DepthwiseRow<A>& row) {
+  const int64_t count = row.end - row.begin;
+  constexpr int kWidest = kVectorBytes == 64 ? 14 : 8;  // 32 registers, or 16
+  int best = 1;
+  int64_t least = count < 4 ? count : INT64_MAX;
+  for (const int pixels : {kWidest, 8, 7, 4}) {
+    const int64_t computed = (count + pixels - 1) / pixels * pixels;
+    if (pixels <= count && computed < least) best = pixels, least = computed;
+  }
+  if (best == kWidest) return depthwise_tiles<A, kTaps, kStep, kWidest>(row);
+  if (best == 8) return depthwise_tiles<A, kTaps, kStep, 8>(row);
+  if (best == 7) return depthwise_tiles<A, kTaps, kStep, 7>(row);
+  if (best == 4) return depthwise_tiles<A, kTaps, kStep, 4>(row);
+  depthwise_tiles<A, kTaps, kStep, 1>(row);
+}
+
+// How many neighbouring taps of a phase are one entry of the list.
+static int64_t taps_at_once(const GatherAxis& width, int64_t phase) {
+  const int64_t begin = width.first[phase], taps = width.first[phase + 1] - begin;
+  if ((taps != 3 && taps != 5 && taps != 7) || width.step > 2) return 1;
+  return width.offset[begin + taps - 1] - width.offset[begin] == taps - 1 ? taps : 1;
+}
+
+// One row of the destination, its columns `columns`; `to` is the first of them, and `to_pitch` lies between two.
+// Source (z, y, x) is where `from` says, z counted from the first depth that a tap reads if the operand is packed.
+template <class A>
+void depthwise_row(const Gather& plan, int64_t depth, int64_t row, Range columns, const Operand& from, const A* source,
+                   const A* weight, const A* bias, A* to, int64_t to_pitch, int64_t vectors, bool past_caches,
+                   DepthwiseTap* taps) {
   const GatherAxis& width = plan.axis[2];
-  const int64_t channels = plan.groups;
-  source += image * plan.source.image;
-  destination += image * plan.destination.image + depth * plan.destination.axis[0] + row * plan.destination.axis[1];
+  const int64_t weight_pitch = plan.groups;
   for (int64_t phase = 0; phase < width.phases; ++phase) {
-    const int64_t begin = width.first[phase], end = width.first[phase + 1];
-    const Range q = positions(width, {0, width.destination}, phase);
-    for (int64_t k = q.begin; k < q.end;) {
-      const int64_t column = k * width.phases + phase;
-      int64_t count = 0;
-      for_taps(plan.axis[0], depth, [&](int64_t d, int64_t z) {
-        for_taps(plan.axis[1], row, [&](int64_t h, int64_t y) {
-          for_taps(width, column, [&](int64_t w, int64_t x) {
-            taps[count++] = {z * plan.source.axis[0] + y * plan.source.axis[1] + x * plan.source.axis[2],
-                             ((d * plan.axis[1].taps + h) * width.taps + w) * channels};
-          });
-        });
+    const Range q = positions(width, columns, phase);
+    if (q.begin >= q.end) continue;
+    const int64_t begin = width.first[phase], end = width.first[phase + 1], at_once = taps_at_once(width, phase);
+    const int64_t step = at_once == 1 ? width.step : 1;  // sources from position to position
+    int64_t count = 0, depths = 0;
+    for_taps(plan.axis[0], depth, [&](int64_t d, int64_t z) {
+      const int64_t plane = from.origin + (from.packed ? depths++ : z) * from.depth;
+      for_taps(plan.axis[1], row, [&](int64_t h, int64_t y) {
+        for (int64_t w = begin; w < end; w += at_once) {
+          const int64_t offset = width.offset[w], past = width.source - offset;
+          taps[count++] = {plane + y * from.row + offset * from.column,
+                           ((d * plan.axis[1].taps + h) * width.taps + w) * weight_pitch,
+                           offset < 0 ? (-offset + step - 1) / step : 0, past > 0 ? (past + step - 1) / step : 0};
+        }
       });
-      const bool all_inside = begin < end && k + kPixels <= q.end && k * width.step + width.offset[begin] >= 0 &&
-                              (k + kPixels - 1) * width.step + width.offset[end - 1] < width.source;
-      T* to = destination + column * channels;
-      if (all_inside)
-        depthwise_pixels<T, kPixels>(channels, source, width.step * channels, weight, taps, count, bias, to,
-                                     width.phases * channels);
-      else
-        depthwise_pixels<T, 1>(channels, source, 0, weight, taps, count, bias, to, 0);
-      k += all_inside ? kPixels : 1;
+    });
+    const DepthwiseRow<A> run{source,
+                              weight,
+                              bias,
+                              to + (phase - columns.begin) * to_pitch,
+                              step * from.column,
+                              weight_pitch,
+                              width.phases * to_pitch,
+                              taps,
+                              count,
+                              q.begin,
+                              q.end,
+                              vectors,
+                              vectors == 1 ? 0 : plan.groups - kLanes<A>,
+                              from.packed ? 0 : plan.axis[1].step * from.row,
+                              past_caches};
+    switch (at_once == 1 ? 1 : width.step * 10 + at_once) {
+      case 13:
+        depthwise_columns<A, 3, 1>(run);
+        break;
+      case 15:
+        depthwise_columns<A, 5, 1>(run);
+        break;
+      case 17:
+        depthwise_columns<A, 7, 1>(run);
+        break;
+      case 23:
+        depthwise_columns<A, 3, 2>(run);
+        break;
+      case 25:
+        depthwise_columns<A, 5, 2>(run);
+        break;
+      case 27:
+        depthwise_columns<A, 7, 2>(run);
+        break;
+      default:
+        depthwise_columns<A, 1, 1>(run);
     }
   }
 }
 
-// sum[channel] += sum over `count` pixels of grad * input, kVectors vectors of channels.
-template <class T, int kVectors>
-inline void add_products(const T* grad, int64_t grad_step, const T* input, int64_t input_step, int64_t count,
-                         accumulate_t<T>* sum) {
-  using A = accumulate_t<T>;
-  Vector<A> sums[kVectors] = {};
-  for (int64_t i = 0; i < count; ++i, grad += grad_step, input += input_step)
-    for (int v = 0; v < kVectors; ++v) sums[v] += load_lanes(grad + v * kLanes<A>) * load_lanes(input + v * kLanes<A>);
-  for (int v = 0; v < kVectors; ++v) store_lanes(load_lanes(sum + v * kLanes<A>) + sums[v], sum + v * kLanes<A>);
+// Rows begin .. end of the destination, numbered through the images, in place: the tensors are channels_last.
+template <class A>
+void depthwise_rows(const Gather& plan, int64_t begin, int64_t end, const A* source, const A* weight, const A* bias,
+                    A* destination, bool past_caches, DepthwiseTap* taps) {
+  const int64_t height = plan.axis[1].destination, depths = plan.axis[0].destination;
+  const int64_t vectors = (plan.groups + kLanes<A> - 1) / kLanes<A>;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t row = index % height, depth = index / height % depths, image = index / height / depths;
+    const Operand from{image * plan.source.image, plan.source.axis[0], plan.source.axis[1], plan.source.axis[2], false};
+    A* to = destination + image * plan.destination.image + depth * plan.destination.axis[0] +
+            row * plan.destination.axis[1];
+    depthwise_row(plan, depth, row, {0, plan.axis[2].destination}, from, source, weight, bias, to,
+                  plan.destination.axis[2], vectors, past_caches, taps);
+  }
+  if (past_caches) finish_stores_past_caches();
 }
 
-// Adds one row of grad_output to the weight's gradient, `sums` [tap][channel]. The plan is forward's.
+// Rows and columns of a plane of `channels` channels to [row][column][lane].
 template <class T>
-void depthwise_row_weight_grad(const Gather& plan, int64_t image, int64_t depth, int64_t row, const T* input,
-                               const T* grad_output, accumulate_t<T>* sums) {
-  using A = accumulate_t<T>;
-  const int64_t channels = plan.groups;
-  const GatherAxis& width = plan.axis[2];
-  input += image * plan.source.image;
-  grad_output += image * plan.destination.image + depth * plan.destination.axis[0] + row * plan.destination.axis[1];
-  for_taps(plan.axis[0], depth, [&](int64_t d, int64_t z) {
-    for_taps(plan.axis[1], row, [&](int64_t h, int64_t y) {
-      for (int64_t w = 0; w < width.taps; ++w) {
-        const int64_t offset = width.offset[w];
-        const int64_t begin = offset < 0 ? (-offset + width.step - 1) / width.step : 0;
-        int64_t end = offset < width.source ? (width.source - 1 - offset) / width.step + 1 : 0;
-        end = end < width.destination ? end : width.destination;
-        if (begin >= end) continue;
-        const T* x = input + z * plan.source.axis[0] + y * plan.source.axis[1] +
-                     (begin * width.step + offset) * plan.source.axis[2];
-        const T* g = grad_output + begin * plan.destination.axis[2];
-        const int64_t x_step = width.step * plan.source.axis[2], g_step = plan.destination.axis[2];
-        A* sum = sums + ((d * plan.axis[1].taps + h) * width.taps + w) * channels;
-        int64_t c = 0;
-        for (; c + 4 * kLanes<A> <= channels; c += 4 * kLanes<A>)
-          add_products<T, 4>(g + c, g_step, x + c, x_step, end - begin, sum + c);
-        for (; c + kLanes<A> <= channels; c += kLanes<A>)
-          add_products<T, 1>(g + c, g_step, x + c, x_step, end - begin, sum + c);
-        for (; c < channels; ++c) {
-          A total = 0;
-          for (int64_t i = 0; i < end - begin; ++i)
-            total += static_cast<A>(g[i * g_step + c]) * static_cast<A>(x[i * x_step + c]);
-          sum[c] += total;
-        }
-      }
-    });
+void pack_lanes(const T* plane, const Layout& layout, int64_t width, Range rows, Range columns, int64_t channels,
+                accumulate_t<T>* to) {
+  constexpr int kPitch = kLanes<accumulate_t<T>>;
+  if (columns.size() == width)
+    return copy_in(plane + rows.begin * layout.axis[1], layout, channels, rows.size() * width, to, kPitch);
+  for (int64_t row = rows.begin; row < rows.end; ++row, to += columns.size() * kPitch)
+    copy_in(plane + row * layout.axis[1] + columns.begin * layout.axis[2], layout, channels, columns.size(), to,
+            kPitch);
+}
+
+template <class T>
+void unpack_lanes(const accumulate_t<T>* from, T* plane, const Layout& layout, int64_t width, Range rows, Range columns,
+                  int64_t channels) {
+  constexpr int kPitch = kLanes<accumulate_t<T>>;
+  if (columns.size() == width)
+    return copy_out(from, kPitch, plane + rows.begin * layout.axis[1], layout, channels, rows.size() * width);
+  for (int64_t row = rows.begin; row < rows.end; ++row, from += columns.size() * kPitch)
+    copy_out(from, kPitch, plane + row * layout.axis[1] + columns.begin * layout.axis[2], layout, channels,
+             columns.size());
+}
+
+// The depths of the source that destination `depth` reads, one after another in `copy`.
+template <class T>
+Operand pack_source(const Gather& plan, const DepthwisePart& part, const T* source, accumulate_t<T>* copy) {
+  constexpr int64_t kPitch = kLanes<accumulate_t<T>>;
+  const int64_t row = part.source_columns.size() * kPitch, depth = part.source_rows.size() * row;
+  int64_t depths = 0;
+  for_taps(plan.axis[0], part.depth, [&](int64_t, int64_t z) {
+    pack_lanes(source + part.image * plan.source.image + part.channel * plan.source.channel + z * plan.source.axis[0],
+               plan.source, plan.axis[2].source, part.source_rows, part.source_columns, part.channels,
+               copy + depths++ * depth);
   });
+  return {-part.source_rows.begin * row - part.source_columns.begin * kPitch, depth, row, kPitch, true};
+}
+
+// One part of the destination through copies of the source and of some rows of the result.
+template <class T>
+void depthwise_part(const Gather& plan, const DepthwisePart& part, const T* source, const accumulate_t<T>* weight,
+                    const accumulate_t<T>* bias, T* destination, accumulate_t<T>* copy, accumulate_t<T>* result,
+                    int64_t result_rows, DepthwiseTap* taps) {
+  using A = accumulate_t<T>;
+  const Operand from = pack_source(plan, part, source, copy);
+  destination += part.image * plan.destination.image + part.channel * plan.destination.channel +
+                 part.depth * plan.destination.axis[0];
+  for (int64_t first = part.rows.begin; first < part.rows.end; first += result_rows) {
+    const int64_t last = first + result_rows < part.rows.end ? first + result_rows : part.rows.end;
+    for (int64_t row = first; row < last; ++row)
+      depthwise_row<A>(plan, part.depth, row, part.columns, from, copy, weight + part.channel, bias + part.channel,
+                       result + (row - first) * part.columns.size() * kLanes<A>, kLanes<A>, 1, false, taps);
+    unpack_lanes(result, destination, plan.destination, plan.axis[2].destination, {first, last}, part.columns,
+                 part.channels);
+  }
+}
+
+// Weight gradient.
+
+// sums[i][j] += sum over rows and columns of grad * input, for kRows rows and kTaps columns of the window: bit j of
+// inside[column] says whether tap j meets a source there. The sums of a call start from zero, which keeps them short.
+template <class A, int kRows, int kTaps>
+void add_products(const A* input, int64_t first, const InputPitches& pitch, const A* grad, const Operand& grad_at,
+                  Range rows, int64_t columns, const uint8_t* inside, A* sums, int64_t sums_row) {
+  Vector<A> sum[kRows][kTaps] = {};
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    int64_t x = first + row * pitch.next_row;
+    const A* g = grad + (grad_at.origin + row * grad_at.row);
+    for (int64_t column = 0; column < columns; ++column, x += pitch.next_column, g += grad_at.column) {
+      const unsigned mask = inside[column];
+      const Vector<A> value = load_lanes(g);
+      int64_t tap = x;
+      if (pitch.ahead_input != 0) {
+        __builtin_prefetch(input + x + pitch.ahead_input);
+        __builtin_prefetch(g + pitch.ahead_grad);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kTaps; ++j) {
+        if (mask >> j & 1) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) sum[i][j] += value * load_lanes(input + tap + i * pitch.tap_row);
+        }
+        tap += pitch.tap_column;
+        asm("" : "+r"(tap));
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int j = 0; j < kTaps; ++j) {
+      A* to = sums + i * sums_row + j * kLanes<A>;
+      store_lanes(load_lanes(to) + sum[i][j], to);
+    }
+}
+
+// kTaps columns of the window, from tap `w` on, and all its rows.
+template <class A, int kTaps>
+void add_window_columns(const Gather& plan, int64_t w, Range rows, Range columns, const Operand& from, int64_t plane,
+                        const A* input, const A* grad, const Operand& grad_at, A* sums, uint8_t* inside) {
+  constexpr int kRows = kVectorBytes == 64 || kTaps <= 3 ? 3 : kTaps <= 5 ? 2 : 1;  // sums fit in the registers
+  const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
+  const int64_t dilation = width.taps > 1 ? width.offset[1] - width.offset[0] : 0;
+  const int64_t row_dilation = height.taps > 1 ? height.offset[1] - height.offset[0] : 0;
+  for (int64_t column = columns.begin; column < columns.end; ++column) {
+    inside[column - columns.begin] = 0;
+    for (int j = 0; j < kTaps; ++j) {
+      const int64_t x = column * width.step + width.offset[w + j];
+      inside[column - columns.begin] |= static_cast<uint8_t>((x >= 0 && x < width.source) << j);
+    }
+  }
+  const InputPitches pitch{height.step * from.row, width.step * from.column, row_dilation * from.row,
+                           dilation * from.column,
+                           // What the next part is the first to read, beside the last row of this window.
+                           from.packed ? 0 : ((height.taps - 1) * row_dilation + rows.size() * height.step) * from.row,
+                           rows.size() * grad_at.row};
+  const int64_t sums_row = width.taps * kLanes<A>;
+  const auto inside_rows = [&](int64_t h) {  // the destinations whose source for tap h is inside
+    const int64_t offset = height.offset[h], past = height.source - offset;
+    const int64_t begin = offset < 0 ? (-offset + height.step - 1) / height.step : 0;
+    const int64_t end = past > 0 ? (past + height.step - 1) / height.step : 0;
+    return Range{begin > rows.begin ? begin : rows.begin, end < rows.end ? end : rows.end};
+  };
+  const auto add = [&](auto count, int64_t h, Range some) {
+    if (some.begin < some.end)
+      add_products<A, decltype(count)::value, kTaps>(
+          input, plane + height.offset[h] * from.row + (columns.begin * width.step + width.offset[w]) * from.column,
+          pitch, grad, grad_at, some, columns.size(), inside, sums + h * sums_row + w * kLanes<A>, sums_row);
+  };
+  for (int64_t h = 0; h < height.taps; h += kRows) {
+    const int64_t last = h + kRows <= height.taps ? h + kRows : height.taps;
+    // Offsets ascend: the first row of the window is the last to begin, and the last the first to end.
+    Range common{rows.begin, rows.begin};
+    if (last - h == kRows) common = {inside_rows(h).begin, inside_rows(last - 1).end};
+    if (common.end < common.begin) common = {rows.begin, rows.begin};
+    add(std::integral_constant<int, kRows>(), h, common);
+    for (int64_t one = h; one < last; ++one) {
+      const Range all = inside_rows(one);
+      if (common.begin == common.end) {
+        add(std::integral_constant<int, 1>(), one, all);
+      } else {
+        add(std::integral_constant<int, 1>(), one, {all.begin, common.begin});
+        add(std::integral_constant<int, 1>(), one, {common.end, all.end});
+      }
+    }
+  }
+}
+
+// Adds rows and columns of one plane of grad_output to the gradients of a vector of windows, `sums` [tap][lane].
+template <class A>
+void add_window(const Gather& plan, const DepthwisePart& part, const Operand& from, const A* input, const A* grad,
+                const Operand& grad_at, A* sums, uint8_t* inside) {
+  const GatherAxis& width = plan.axis[2];
+  int64_t depths = 0;
+  for_taps(plan.axis[0], part.depth, [&](int64_t d, int64_t z) {
+    const int64_t plane = from.origin + (from.packed ? depths++ : z) * from.depth;
+    A* window = sums + d * plan.axis[1].taps * width.taps * kLanes<A>;
+    const auto add = [&](auto taps, int64_t w) {
+      add_window_columns<A, decltype(taps)::value>(plan, w, part.rows, part.columns, from, plane, input, grad, grad_at,
+                                                   window, inside);
+    };
+    int64_t w = 0;
+    for (; w + 7 <= width.taps; w += 7) add(std::integral_constant<int, 7>(), w);
+    for (; w + 5 <= width.taps; w += 5) add(std::integral_constant<int, 5>(), w);
+    for (; w + 3 <= width.taps; w += 3) add(std::integral_constant<int, 3>(), w);
+    for (; w < width.taps; ++w) add(std::integral_constant<int, 1>(), w);
+  });
+}
+
+template <class T>
+void depthwise_weight_grad_part(const Gather& plan, const DepthwisePart& part, bool in_place, const T* input,
+                                const T* grad_output, accumulate_t<T>* sums, accumulate_t<T>* copy,
+                                accumulate_t<T>* grad, uint8_t* inside) {
+  using A = accumulate_t<T>;
+  if constexpr (std::is_same_v<T, A>) {
+    if (in_place) {
+      const Operand from{part.image * plan.source.image + part.channel, plan.source.axis[0], plan.source.axis[1],
+                         plan.source.axis[2], false};
+      const Layout& to = plan.destination;
+      const Operand grad_at{
+          part.image * to.image + part.channel + part.depth * to.axis[0] + part.columns.begin * to.axis[2], to.axis[0],
+          to.axis[1], to.axis[2], false};
+      return add_window(plan, part, from, input, grad_output, grad_at, sums, inside);
+    }
+  }
+  const Operand from = pack_source(plan, part, input, copy);
+  pack_lanes(grad_output + part.image * plan.destination.image + part.channel * plan.destination.channel +
+                 part.depth * plan.destination.axis[0],
+             plan.destination, plan.axis[2].destination, part.rows, part.columns, part.channels, grad);
+  const int64_t row = part.columns.size() * kLanes<A>;
+  const Operand grad_at{-part.rows.begin * row, 0, row, kLanes<A>, true};
+  add_window<A>(plan, part, from, copy, grad, grad_at, sums, inside);
 }
