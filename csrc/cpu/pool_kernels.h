@@ -39,8 +39,8 @@ using codes_t = typename VectorOf<A>::code_vector;  // and a vector of such inte
 template <class A>
 constexpr int64_t kLanes = kVectorBytes / sizeof(A);
 
-// channels_last blocks of 4 vectors keep neighbouring cache lines together; wider and narrower ones were slower.
-constexpr int kWide = 4;
+// channels_last blocks of 256 bytes of A keep neighbouring cache lines together; narrower ones were slower.
+constexpr int kWide = 256 / kVectorBytes;
 // An input tile of this many pixels, one vector each, fills half of a 64 KiB L1.
 constexpr int64_t kTilePixels = 512;
 // Rows are transposed in flat chunks of about this many pixels, so that short rows fill whole registers.
