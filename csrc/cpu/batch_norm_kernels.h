@@ -117,22 +117,23 @@ inline void pack_plane(uint8_t* mask, int64_t pixels, const Value& value) {
   }
 }
 
-// Eight rows share a row of bytes: bit r of byte c is that of value(count, r, c).
+// Eight rows share a row of bytes: bit r of byte c is that of value(count, r, c). Row by row, as memory likes it.
 template <class A, class Value>
 inline void pack_rows(uint8_t* mask, int64_t rows, int64_t channels, const Value& value) {
-  for_values<A>(channels, [=](auto count, int64_t c) {
-    if constexpr (count() == 1) {
-      unsigned bits = 0;
-      for (int64_t row = 0; row < rows; ++row) bits |= static_cast<unsigned>(!(value(count, row, c) <= 0)) << row;
-      mask[c] = static_cast<uint8_t>(bits);
-    } else {
-      typedef uint8_t Bytes __attribute__((vector_size(count())));
-      decltype(vector_t<A>{} <= vector_t<A>{}) bits = {};
-      for (int64_t row = 0; row < rows; ++row) bits |= ~(value(count, row, c) <= vector_t<A>{}) & (1 << row);
-      const Bytes bytes = __builtin_convertvector(bits, Bytes);
-      memcpy(mask + c, &bytes, sizeof(bytes));
-    }
-  });
+  memset(mask, 0, channels);
+  for (int64_t row = 0; row < rows; ++row)
+    for_values<A>(channels, [=](auto count, int64_t c) {
+      if constexpr (count() == 1) {
+        mask[c] |= static_cast<uint8_t>(!(value(count, row, c) <= 0)) << row;
+      } else {
+        typedef uint8_t Bytes __attribute__((vector_size(count())));
+        const auto bits = ~(value(count, row, c) <= vector_t<A>{}) & (1 << row);
+        Bytes bytes;
+        memcpy(&bytes, mask + c, sizeof(bytes));
+        bytes |= __builtin_convertvector(bits, Bytes);
+        memcpy(mask + c, &bytes, sizeof(bytes));
+      }
+    });
 }
 
 // g where relu(y) passes it, 0 elsewhere.
@@ -315,26 +316,23 @@ void input_grad_plane(const T* grad_output, const T* input, T* grad_input, int64
 // The same over rows; per channel numbers are arrays.
 
 // first[c] = sum over rows of term(count, row, c), second[c] of its second part. The rows are read from end to end,
-// which is what memory is fast at, some at a time, so that the sums are seldom read and written.
+// which is what memory is fast at: with four at a time, their sums in registers meanwhile, 128x512x7x7 takes 1.4 times
+// as long.
 template <class A, class Term>
 inline void column_sums(int64_t rows, int64_t channels, A* first, A* second, const Term& term) {
-  constexpr int kTogether = 4;
   const int64_t vectors = channels / kLanes<A> * kLanes<A>;
   for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
-  const auto add = [&](auto count, auto together, int64_t row, int64_t c) {
+  const auto add = [&](auto count, int64_t row, int64_t c) {
     auto a = values<count()>(first + c), b = values<count()>(second + c);
-    for (int k = 0; k < together(); ++k) term(count, row + k, c, a, b);
+    term(count, row, c, a, b);
     store_values<count()>(a, first + c);
     store_values<count()>(b, second + c);
   };
-  const auto add_rows = [&](auto together, int64_t row) {
+  for (int64_t row = 0; row < rows; ++row) {
     int64_t c = 0;
-    for (; c < vectors; c += kLanes<A>) add(std::integral_constant<int, kLanes<A>>(), together, row, c);
-    for (; c < channels; ++c) add(std::integral_constant<int, 1>(), together, row, c);
-  };
-  int64_t row = 0;
-  for (; row + kTogether <= rows; row += kTogether) add_rows(std::integral_constant<int, kTogether>(), row);
-  for (; row < rows; ++row) add_rows(std::integral_constant<int, 1>(), row);
+    for (; c < vectors; c += kLanes<A>) add(std::integral_constant<int, kLanes<A>>(), row, c);
+    for (; c < channels; ++c) add(std::integral_constant<int, 1>(), row, c);
+  }
 }
 
 template <class T>
