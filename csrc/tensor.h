@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <type_traits>
@@ -104,11 +105,28 @@ inline Tensor as_contiguous(const Tensor& tensor, bool channels_last = false) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// A new tensor on the device of `like`.
+// A new tensor on the device of `like`. Through the shim straight to the allocator: torch::stable::empty looks an
+// operator up by its name, which takes as long as a small kernel.
 inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last = false) {
-  return torch::stable::empty(
-      sizes, dtype, std::nullopt, like.device(), std::nullopt,
-      channels_last ? channels_last_format(static_cast<int64_t>(sizes.size())) : MemoryFormat::Contiguous);
+  const size_t dims = sizes.size();
+  Sizes strides(dims);
+  int64_t step = 1;
+  if (channels_last) {
+    strides[1] = 1;
+    step = sizes[1];
+    for (size_t dim = dims - 1; dim >= 2; step *= sizes[dim--]) strides[dim] = step;
+    strides[0] = step;
+  } else {
+    for (size_t dim = dims; dim-- > 0; step *= std::max<int64_t>(1, sizes[dim])) strides[dim] = step;
+  }
+  int32_t device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(dims), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, index, &made));
+  return Tensor(made);
 }
 
 inline Sizes sizes_of(const Tensor& tensor) { return Sizes(tensor.sizes().begin(), tensor.sizes().end()); }

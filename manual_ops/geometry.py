@@ -55,6 +55,8 @@ def per_axis(op: str, argument: str, value: Any, axes: int) -> list[int]:
         TypeError: for anything else, a float among them.
         RuntimeError: for another number of ints.
     """
+    if type(value) is int:  # as a rule
+        return [value] * axes
     if not isinstance(value, (tuple, list)):
         return [whole(op, argument, value)] * axes
     entries = [
@@ -192,7 +194,7 @@ def pool_window(
     ):
         if min(values) < least:
             raise RuntimeError(f"{op}: {name} must be at least {least}, got {values}")
-    if any(pad > size // 2 for pad, size in zip(padding, kernel_size, strict=True)):
+    if max(padding) > 0 and any(pad > size // 2 for pad, size in zip(padding, kernel_size, strict=True)):
         raise RuntimeError(f"{op}: padding must be at most half of kernel_size={kernel_size}, got {padding}")
     return kernel_size, stride, padding, dilation
 

@@ -15,6 +15,7 @@ class PoolWindows {
               bool count_include_pad = false, int64_t divisor_override = 0) {
     check_windows(like, input_size, output_size, kernel_size, stride, padding, dilation, channels_last);
     const size_t axes = input_size.size();
+    axes_.reserve(3);
     for (size_t axis = 0; axis < 3 - axes; ++axis) axes_.push_back(WindowAxis::sliding(1, 1, 1, 1, 0, 1, false));
     for (size_t axis = 0; axis < axes; ++axis) {
       const int64_t input = input_size[axis], output = output_size[axis];
