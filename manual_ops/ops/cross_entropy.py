@@ -492,14 +492,13 @@ def _check_weight(op: str, input: Tensor, weight: Tensor | None) -> None:
 def _check_indices(op: str, input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """Raises unless target (N, *d) and input (N, C, *d) belong together; or () or (1,) and (C,)."""
     geometry.check_floating(op, "input", input)
-    shapes = f"got target {tuple(target.shape)} with input {tuple(input.shape)}"
     if input.dim() == 1:
         if tuple(target.shape) not in ((), (1,)) and not target.is_floating_point():
-            raise ValueError(f"{op}: target must be one index, of the shape () or (1,), {shapes}")
+            raise ValueError(f"{op}: target must be one index, of the shape () or (1,), {_shapes(input, target)}")
     elif input.shape[0] != (target.shape[0] if target.dim() else 0):
-        raise ValueError(f"{op}: target must have the batch size of input, {input.shape[0]}, {shapes}")
+        raise ValueError(f"{op}: target must have the batch size of input, {input.shape[0]}, {_shapes(input, target)}")
     elif list(target.shape) != _rows_shape(input):
-        raise RuntimeError(f"{op}: target must have the shape {tuple(_rows_shape(input))}, {shapes}")
+        raise RuntimeError(f"{op}: target must have the shape {tuple(_rows_shape(input))}, {_shapes(input, target)}")
     if target.dtype not in ((torch.int64, torch.uint8) if input.dim() < 3 else (torch.int64,)):
         wanted = "int64 or uint8 class indices" if input.dim() < 3 else "int64 class indices, one for every pixel"
         raise RuntimeError(f"{op}: target must be {wanted}, got {target.dtype}")
@@ -509,6 +508,10 @@ def _check_indices(op: str, input: Tensor, target: Tensor, weight: Tensor | None
     geometry.check_alike(op, "weight", weight, input, "dtype")
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"{op}: weight must not require a gradient where target holds indices")
+
+
+def _shapes(input: Tensor, target: Tensor) -> str:
+    return f"got target {tuple(target.shape)} with input {tuple(input.shape)}"
 
 
 def _check_distributions(op: str, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:

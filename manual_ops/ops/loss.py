@@ -418,14 +418,15 @@ def mse_loss(
     if weight is not None and size_average is None and reduce is None and reduction == "elementwise_mean":
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum' where there is a weight, got {reduction!r}")
     reduction = reduction_argument(op, size_average, reduce, reduction)
-    try:
-        shape = torch.broadcast_shapes(input.shape, target.shape)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{op}: target must broadcast with the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
-        ) from error
     dtype = torch.promote_types(input.dtype, target.dtype)
-    x, t = input.to(dtype).expand(shape), target.to(dtype).expand(shape)
+    x, t = input.to(dtype), target.to(dtype)
+    if x.shape != t.shape:
+        try:
+            x, t = torch.broadcast_tensors(x, t)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{op}: target must broadcast with the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
+            ) from error
     geometry.check_floating(op, "input", x)
     backend = modes.current_backend()
     if weight is None:
