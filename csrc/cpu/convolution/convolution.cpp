@@ -14,6 +14,8 @@ void gather(const GatherPlan& plan, const WeightLayout& layout, bool channels_la
   if (depthwise_serves(plan))
     depthwise_gather<T>(plan, layout, channels_last, data<T>(source), data<T>(weight), bias_data,
                         mutable_data<T>(destination));
+  else if (planar_serves(plan))
+    planar_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data, mutable_data<T>(destination));
   else if (fast && winograd_serves(plan))
     winograd_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data, mutable_data<T>(destination));
   else

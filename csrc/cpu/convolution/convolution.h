@@ -34,6 +34,12 @@ template <class T>
 void dense_gather_blocks(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight,
                          const T* bias, T* destination, const std::vector<Block>& blocks);
 
+// Few channels of the destination: planar_kernels.h.
+bool planar_serves(const Gather& plan);
+template <class T>
+void planar_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                   T* destination);
+
 // Windows of 3 x 3 taps at stride 1, with enough channels, by F(4x4, 3x3): winograd_kernels.h.
 bool winograd_serves(const Gather& plan);
 template <class T>
