@@ -26,10 +26,17 @@ constexpr int64_t kWeightBytes = 16 << 20;
 // What a block's patches take at their points: as much as the weight, which each block reads once, and at least this.
 constexpr int64_t kGatherBytes = 768 << 10, kWeightGradBytes = 2 << 20;
 constexpr int64_t kLeastPatches = 28, kMostPatches = 512;
-// At least so many blocks, for threads to share.
-constexpr int64_t kLeastBlocks = 8;
+// So many blocks for threads to share, where that leaves enough patches to each.
+constexpr int64_t kBlocks = 8;
+// A weight gradient is summed in at most so many parts, each of at least so many blocks.
+constexpr int64_t kParts = 8, kPartBlocks = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t count_patches(const Gather& plan) {
+  return plan.batch * plan.axis[0].destination * ceil_div(plan.axis[1].destination, kPatch) *
+         ceil_div(plan.axis[2].destination, kPatch);
+}
 
 // The patches of a convolution in blocks of one depth, of at most `most` patches where a strip has no more.
 struct PatchBlocks {
@@ -100,11 +107,10 @@ bool winograd_serves(const Gather& plan) {
                       axis.destination == axis.source - 2 * axis.offset[0] - 2;
     if (!fits) return false;
   }
-  const int64_t height = plan.axis[1].destination, width = plan.axis[2].destination;
-  const int64_t planes = plan.batch * plan.axis[0].destination;
-  const int64_t patches = planes * ceil_div(height, kPatch) * ceil_div(width, kPatch);
+  const int64_t patches = count_patches(plan);
+  const int64_t pixels = plan.batch * plan.axis[0].destination * plan.axis[1].destination * plan.axis[2].destination;
   return plan.source_channels >= kLeastWinogradChannels && plan.channels >= kLeastWinogradChannels &&
-         patches >= kLeastWinogradPatches && planes * height * width >= kLeastPatchPixels * patches;
+         patches >= kLeastWinogradPatches && pixels >= kLeastPatchPixels * patches;
 }
 
 template <class T>
@@ -115,10 +121,13 @@ void winograd_gather(const Gather& plan, const WeightLayout& layout, const T* so
   const PanelSizes<A> panels(plan);
   const int64_t at_once = panels.at_once(), depth_tap_count = plan.axis[0].taps;
   const int64_t channels = depth_tap_count * plan.source_channels + at_once * panels.width;
-  const PatchBlocks blocks(plan, patches_for(std::max(kGatherBytes, at_once * panels.bytes()),
-                                             kPoints * channels * static_cast<int64_t>(sizeof(A))));
+  const int64_t most = patches_for(std::max(kGatherBytes, at_once * panels.bytes()),
+                                   kPoints * channels * static_cast<int64_t>(sizeof(A)));
+  const int64_t shared = count_patches(plan) / kBlocks;
+  const PatchBlocks blocks(plan, shared < kLeastPatches ? most : std::min(most, shared));
   const int64_t block_count = plan.axis[0].destination * blocks.per_depth;
-  const int64_t shares = std::min(at_once, ceil_div(kLeastBlocks, block_count));
+  // Where a few blocks are all, the panels are shared too.
+  const int64_t shares = block_count > kBlocks / 2 ? 1 : std::min(at_once, ceil_div(kBlocks, block_count));
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
   const int64_t source_step = blocks.largest * plan.source_channels + kLine;
   const int64_t product_step = blocks.largest * at_once * panels.width + kLine;
@@ -226,15 +235,20 @@ void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const 
                                              kPoints * channels_of_patch * static_cast<int64_t>(sizeof(A))));
   const int64_t source_step = blocks.largest * plan.source_channels + kLine, grad_step = blocks.largest * pitch + kLine;
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const Scratch<A> sums(at_once * panels.values), sources(depth_tap_count * kPoints * source_step);
-  const Scratch<A> grads(kPoints * grad_step);
+  const int64_t block_count = plan.axis[0].destination * blocks.per_depth;
+  const int64_t affordable = kWeightBytes / (at_once * panels.bytes());
+  const int64_t parts = std::max<int64_t>(1, std::min({kParts, block_count / kPartBlocks, affordable}));
+  const int64_t part_step = at_once * panels.values;
+  const Scratch<A> sums(parts * part_step);
 
   for (int64_t group = 0; group < plan.groups; ++group)
     for (int64_t first = 0; first < panels.count; first += at_once) {
       const int64_t count = std::min(at_once, panels.count - first), channel = first * panels.width;
       const int64_t channels = std::min(plan.channels, (first + count) * panels.width) - channel;
-      std::fill_n(sums.data(), count * panels.values, A(0));
-      for (int64_t block = 0; block < plan.axis[0].destination * blocks.per_depth; ++block) {
+      const T* group_input = input + group * plan.source_channels * plan.source.channel;
+      const T* group_grad = grad_output + (group * plan.channels + channel) * plan.destination.channel;
+      // Both loops over what a block has run on several threads where there is only one part.
+      const auto add_block = [&](int64_t block, A* sources, A* grads, A* part) {
         const int64_t depth = block / blocks.per_depth;
         const Range strips = blocks.strips(block % blocks.per_depth);
         const auto taps = depth_taps(plan.axis[0], depth);
@@ -244,38 +258,43 @@ void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const 
           const Scratch<A> pixels(std::max(blocks.pixels(2) * plan.source_channels, blocks.pixels(0) * pitch));
           const Range some{strips.begin + begin, strips.begin + end};
           const int64_t before = blocks.patches.count({strips.begin, some.begin});
-          for (int64_t index = 0; index < tap_count; ++index)
-            MANUAL_OPS_FOR_ISA(winograd_sources(
-                plan, blocks.patches, some, taps[index].second,
-                input + group * plan.source_channels * plan.source.channel,
-                AtPoints<A>{sources.data() + index * kPoints * source_step + before * plan.source_channels,
-                            plan.source_channels, source_step},
-                pixels.data()));
-          MANUAL_OPS_FOR_ISA(winograd_grads(plan, blocks.patches, some, depth,
-                                            grad_output + (group * plan.channels + channel) * plan.destination.channel,
-                                            channels, AtPoints<A>{grads.data() + before * pitch, pitch, grad_step},
-                                            pixels.data()));
+          for (int64_t index = 0; index < tap_count; ++index) {
+            A* to = sources + index * kPoints * source_step + before * plan.source_channels;
+            MANUAL_OPS_FOR_ISA(winograd_sources(plan, blocks.patches, some, taps[index].second, group_input,
+                                                AtPoints<A>{to, plan.source_channels, source_step}, pixels.data()));
+          }
+          MANUAL_OPS_FOR_ISA(winograd_grads(plan, blocks.patches, some, depth, group_grad, channels,
+                                            AtPoints<A>{grads + before * pitch, pitch, grad_step}, pixels.data()));
         });
         const int64_t product_work = patches * panels.step / 16;
         parallel_for(tap_count * count * kPoints, product_work, [&](int64_t begin, int64_t end) {
           for (int64_t index = begin; index < end; ++index) {
             const int64_t panel = index % count, point = index / count % kPoints, which = index / count / kPoints;
             MANUAL_OPS_FOR_ISA(winograd_weight_sums(
-                plan, AtPoints<A>{sources.data() + which * kPoints * source_step, plan.source_channels, source_step},
-                AtPoints<A>{grads.data(), pitch, grad_step}, patches, point, first + panel, first,
-                sums.data() + panel * panels.values + (taps[which].first * kPoints + point) * panels.step));
+                plan, AtPoints<A>{sources + which * kPoints * source_step, plan.source_channels, source_step},
+                AtPoints<A>{grads, pitch, grad_step}, patches, point, first + panel, first,
+                part + panel * panels.values + (taps[which].first * kPoints + point) * panels.step));
           }
         });
-      }
+      };
+      const int64_t part_work = block_count / parts * blocks.largest * panels.step * count;
+      parallel_for(parts, part_work, [&](int64_t begin, int64_t end) {
+        const Scratch<A> sources(depth_tap_count * kPoints * source_step), grads(kPoints * grad_step);
+        std::fill_n(sums.data() + begin * part_step, (end - begin) * part_step, A(0));
+        for (int64_t part = begin; part < end; ++part)
+          for (int64_t block = block_count * part / parts; block < block_count * (part + 1) / parts; ++block)
+            add_block(block, sources.data(), grads.data(), sums.data() + part * part_step);
+      });
+
       std::vector<uint8_t> finite(count * depth_tap_count, 1);
       parallel_for(count * depth_tap_count, 4 * panels.step * kTaps, [&](int64_t begin, int64_t end) {
         const Scratch<A> taps(kTaps * kChannelsAtOnce * panels.width);
         for (int64_t index = begin; index < end; ++index) {
           bool all = true;
-          MANUAL_OPS_FOR_ISA(winograd_weight_grad(plan, layout, sums.data() + index * kPoints * panels.step,
-                                                  panels.step, offsets.data() + index % depth_tap_count * kTaps,
-                                                  first + index / depth_tap_count, grad_weight + group * layout.group,
-                                                  taps.data(), all));
+          MANUAL_OPS_FOR_ISA(winograd_weight_grad(
+              plan, layout, sums.data() + index * kPoints * panels.step, panels.step, parts, part_step,
+              offsets.data() + index % depth_tap_count * kTaps, first + index / depth_tap_count,
+              grad_weight + group * layout.group, taps.data(), all));
           finite[index] = all;
         }
       });

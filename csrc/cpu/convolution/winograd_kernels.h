@@ -187,14 +187,19 @@ void taps_to_points(const A* panel, int64_t values, A* to, int64_t step) {
   }
 }
 
-// The way back. `finite` becomes false where a tap is not.
+// The way back, of the sum of some parts in their order. `finite` becomes false where a tap is not.
 template <class A>
-void points_to_taps(const A* from, int64_t step, int64_t values, A* panel, bool& finite) {
+void points_to_taps(const A* from, int64_t step, int64_t parts, int64_t part_step, int64_t values, A* panel,
+                    bool& finite) {
   Vector<A> zeros = {};
   for (int64_t i = 0; i < values; i += kLanes<A>) {
     Vector<A> points[kPoints], taps[kTaps];
 #pragma GCC unroll 36
     for (int point = 0; point < kPoints; ++point) points[point] = load_lanes(from + point * step + i);
+    for (int64_t part = 1; part < parts; ++part)
+#pragma GCC unroll 36
+      for (int point = 0; point < kPoints; ++point)
+        points[point] += load_lanes(from + part * part_step + point * step + i);
     along_both_axes<A, 6, 3, points_to_window<A>>(points, taps);
 #pragma GCC unroll 9
     for (int tap = 0; tap < kTaps; ++tap) {
@@ -363,17 +368,17 @@ void winograd_weight(const Gather& plan, const WeightLayout& layout, const T* we
   }
 }
 
-// The way back. `finite` becomes 0 where a value is not.
+// The way back, of the sum of some parts. `finite` becomes false where a value is not.
 template <class T>
 void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const accumulate_t<T>* sums, int64_t step,
-                          const int64_t* tap_offset, int64_t panel, T* grad_weight, accumulate_t<T>* taps,
-                          bool& finite) {
+                          int64_t parts, int64_t part_step, const int64_t* tap_offset, int64_t panel, T* grad_weight,
+                          accumulate_t<T>* taps, bool& finite) {
   using A = accumulate_t<T>;
   int64_t width;
   panel_width<A>(plan.channels, width);
   for (int64_t first = 0; first < plan.source_channels; first += kChannelsAtOnce) {
     const int64_t left = plan.source_channels - first, count = left < kChannelsAtOnce ? left : kChannelsAtOnce;
-    points_to_taps(sums + first * width, step, count * width, taps, finite);
+    points_to_taps(sums + first * width, step, parts, part_step, count * width, taps, finite);
     unpack_panel(taps, 0, 1, layout.channel_step, layout.source_step, tap_offset, kTaps, count, plan.channels, panel,
                  grad_weight + first * layout.source_step);
   }
