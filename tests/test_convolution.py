@@ -124,6 +124,7 @@ LARGE = [
 )
 @pytest.mark.parametrize(("name", "input", "weight", "options"), LARGE, ids=[f"{c[0]}-{c[1]}" for c in LARGE])
 def test_large_sizes_are_as_accurate_as_torchs(device, dtype, layout, name, input, weight, options):
+    """In strict precision; test_precision.py has the errors of the other."""
     input, weight, _ = operands(name, input, weight, options, dtype, device, bias=False)
     if layout == "channels_last" and input.dim() > 3:
         input = channels_last(input)
@@ -135,10 +136,9 @@ def test_large_sizes_are_as_accurate_as_torchs(device, dtype, layout, name, inpu
         output = function(*args, **options)
         return output.detach(), *torch.autograd.grad(output, args, cotangent.to(output.dtype))
 
-    found, expected, reference = (
-        results(function, args)
-        for function, args in ((ours, (input, weight)), (theirs, (input, weight)), (theirs, exact))
-    )
+    with modes.precision("strict"):
+        found = results(ours, (input, weight))
+    expected, reference = results(theirs, (input, weight)), results(theirs, exact)
     # The reference in float64 is torch's own, and rounded too.
     slack = (64 if dtype is torch.float64 else 4) * torch.finfo(dtype).eps
     for mine, torchs, true in zip(found, expected, reference, strict=True):

@@ -29,7 +29,8 @@ Transposed convolution is input_grad used as a layer: its input is g, its output
 Saved for backward: the input only if the weight needs a gradient, the weight only if the input does.
 
 In the code: x is `input`, w `weight`, g `grad_output`; shapes are (N, C, *I), (F, C/groups, *T) and (N, F, *O).
-`options` is (stride, padding, dilation, groups).
+`options` is (stride, padding, dilation, groups, fast); what `fast` allows the native kernels is told in
+`manual_ops.modes.set_precision`.
 """
 
 from typing import Any
@@ -84,16 +85,16 @@ def _spread(grad_output: Tensor, stride: Any) -> Tensor:
     return grad_output
 
 
-def _conv_forward_meta(input, weight, bias, output_size, stride, padding, dilation, groups):
+def _conv_forward_meta(input, weight, bias, output_size, stride, padding, dilation, groups, fast=False):
     return _empty([input.shape[0], weight.shape[0], *output_size], input, weight)
 
 
 @kernel(
     "conv_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[] output_size, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool fast=False) -> Tensor",
     meta=_conv_forward_meta,
 )
-def conv_forward(input, weight, bias, output_size, stride, padding, dilation, groups):
+def conv_forward(input, weight, bias, output_size, stride, padding, dilation, groups, fast=False):
     axes = len(stride)
     o, t = _O[:axes], _T[:axes]
     x, w = map(geometry.widened, (input, weight))
@@ -104,16 +105,16 @@ def conv_forward(input, weight, bias, output_size, stride, padding, dilation, gr
     return output.to(input.dtype).contiguous(memory_format=_memory_format(input, weight))  # (N, F, *O)
 
 
-def _conv_input_grad_meta(grad_output, weight, bias, input_size, stride, padding, dilation, groups):
+def _conv_input_grad_meta(grad_output, weight, bias, input_size, stride, padding, dilation, groups, fast=False):
     return _empty([grad_output.shape[0], weight.shape[1] * groups, *input_size], grad_output, weight)
 
 
 @kernel(
     "conv_input_grad(Tensor grad_output, Tensor weight, Tensor? bias, SymInt[] input_size, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool fast=False) -> Tensor",
     meta=_conv_input_grad_meta,
 )
-def conv_input_grad(grad_output, weight, bias, input_size, stride, padding, dilation, groups):
+def conv_input_grad(grad_output, weight, bias, input_size, stride, padding, dilation, groups, fast=False):
     axes = len(stride)
     o, t = _O[:axes], _T[:axes]
     g, w = map(geometry.widened, (grad_output, weight))
@@ -133,16 +134,16 @@ def conv_input_grad(grad_output, weight, bias, input_size, stride, padding, dila
     return grad_input.to(grad_output.dtype).contiguous(memory_format=_memory_format(grad_output, weight))  # (N, C, *I)
 
 
-def _conv_weight_grad_meta(grad_output, input, kernel_size, stride, padding, dilation, groups):
+def _conv_weight_grad_meta(grad_output, input, kernel_size, stride, padding, dilation, groups, fast=False):
     return _empty([grad_output.shape[1], input.shape[1] // groups, *kernel_size], input, grad_output)
 
 
 @kernel(
     "conv_weight_grad(Tensor grad_output, Tensor input, SymInt[] kernel_size, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups) -> Tensor",
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool fast=False) -> Tensor",
     meta=_conv_weight_grad_meta,
 )
-def conv_weight_grad(grad_output, input, kernel_size, stride, padding, dilation, groups):
+def conv_weight_grad(grad_output, input, kernel_size, stride, padding, dilation, groups, fast=False):
     axes = len(stride)
     o, t = _O[:axes], _T[:axes]
     g, x = map(geometry.widened, (grad_output, input))
@@ -158,19 +159,19 @@ def conv_weight_grad(grad_output, input, kernel_size, stride, padding, dilation,
 def _fold_convolution(op, batch_size, in_dims, moving, weight, bias, size, options):
     """conv_forward and conv_input_grad: `moving` is (N, channels, ...); only the weight's other channel differs."""
     moving_dim, weight_dim, bias_dim = in_dims[:3]
-    *window, groups = options
+    *window, groups, fast = options
     out_channel_of_weight = 0 if op in (conv_forward.native, conv_forward.python) else 1
     if weight_dim is None and moving_dim is not None:
-        output = unfold(op(fold(moving, moving_dim, batch_size), weight, None, size, *window, groups), batch_size)
+        output = unfold(op(fold(moving, moving_dim, batch_size), weight, None, size, *window, groups, fast), batch_size)
     elif moving_dim is None and weight_dim is not None:
         inner_groups = groups if out_channel_of_weight == 0 else 1
         folded = fold(weight, weight_dim, batch_size, out_channel_of_weight, inner_groups)
-        output = unfold(op(moving, folded, None, size, *window, groups), batch_size, 1, groups)
+        output = unfold(op(moving, folded, None, size, *window, groups, fast), batch_size, 1, groups)
     elif weight_dim is not None:
         operands = fold(moving, moving_dim, batch_size, 1), fold(weight, weight_dim, batch_size)
-        output = unfold(op(*operands, None, size, *window, groups * batch_size), batch_size, 1)
+        output = unfold(op(*operands, None, size, *window, groups * batch_size, fast), batch_size, 1)
     else:
-        output = op(moving, weight, None, size, *window, groups).unsqueeze(0)
+        output = op(moving, weight, None, size, *window, groups, fast).unsqueeze(0)
     if bias is None:
         return output, 0
     bias = in_front(bias, bias_dim, batch_size)  # (B, channels)
@@ -190,15 +191,15 @@ def _(op, batch_size, in_dims, grad_output, weight, bias, input_size, *options):
 @conv_weight_grad.batch_rule
 def _(op, batch_size, in_dims, grad_output, input, kernel_size, *options):
     grad_dim, input_dim = in_dims[:2]
-    *window, groups = options
+    *window, groups, fast = options
     if input_dim is None:
         folded = fold(grad_output, grad_dim, batch_size, 1, groups)
-        return unfold(op(folded, input, kernel_size, *window, groups), batch_size, 0, groups), 0
+        return unfold(op(folded, input, kernel_size, *window, groups, fast), batch_size, 0, groups), 0
     if grad_dim is None:
         folded = fold(input, input_dim, batch_size, 1, groups)
-        return unfold(op(grad_output, folded, kernel_size, *window, groups), batch_size, 1), 0
+        return unfold(op(grad_output, folded, kernel_size, *window, groups, fast), batch_size, 1), 0
     operands = fold(grad_output, grad_dim, batch_size, 1), fold(input, input_dim, batch_size, 1)
-    return unfold(op(*operands, kernel_size, *window, groups * batch_size), batch_size), 0
+    return unfold(op(*operands, kernel_size, *window, groups * batch_size, fast), batch_size), 0
 
 
 class ConvForward(ManualFunction):
@@ -375,7 +376,7 @@ def _convolution(op, axes, input, weight, bias, stride, padding, dilation, group
             f"(size={list(input_size)}, padding={left})"
         )
     batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
-    options = (stride, left, dilation, groups)
+    options = (stride, left, dilation, groups, modes.current_precision() == "fast")
     output = ConvForward.call(batched, weight, bias, output_size, options, modes.current_backend())
     if weight.requires_grad and recipes.active():
         recipes.keep(output, 0, batched)
@@ -460,7 +461,7 @@ def _conv_transpose(op, axes, input, weight, bias, stride, padding, output_paddi
     if any(size <= 0 for size in output_size):
         raise RuntimeError(f"{op}: the output would have the size {output_size}: padding={padding} is too large")
     batched = input if input.dim() == axes + 2 else input.unsqueeze(0)
-    options = (stride, padding, dilation, groups)
+    options = (stride, padding, dilation, groups, modes.current_precision() == "fast")
     output = ConvInputGrad.call(batched, weight, bias, output_size, options, modes.current_backend())
     if weight.requires_grad and recipes.active():
         recipes.keep(output, 0, batched)

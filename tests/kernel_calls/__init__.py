@@ -95,10 +95,10 @@ def _results(name, args, backend):
     """What the kernel returns, and what it leaves in the arguments it may change."""
     results = kernel.KERNELS[name](*args, backend=backend)
     results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
-    schema = kernel.KERNELS[name].native._schema
+    declared_arguments = kernel.KERNELS[name].native._schema.arguments[: len(args)]  # the others have defaults
     return results + [
         arg
-        for arg, declared in zip(args, schema.arguments, strict=True)
+        for arg, declared in zip(args, declared_arguments, strict=True)
         if declared.alias_info is not None and declared.alias_info.is_write
     ]
 

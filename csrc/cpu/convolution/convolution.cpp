@@ -8,19 +8,23 @@ namespace manual_ops {
 namespace {
 
 template <class T>
-void gather(const GatherPlan& plan, const WeightLayout& layout, bool channels_last, const Tensor& source,
+void gather(const GatherPlan& plan, const WeightLayout& layout, bool channels_last, bool fast, const Tensor& source,
             const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& destination) {
   const T* bias_data = bias ? data<T>(*bias) : nullptr;
   if (depthwise_serves(plan))
     depthwise_gather<T>(plan, layout, channels_last, data<T>(source), data<T>(weight), bias_data,
                         mutable_data<T>(destination));
+  else if (planar_serves(plan))
+    planar_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data, mutable_data<T>(destination));
+  else if (fast && winograd_serves(plan))
+    winograd_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data, mutable_data<T>(destination));
   else
     dense_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data, mutable_data<T>(destination));
 }
 
 Tensor conv_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Sizes& output_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                    int64_t groups) {
+                    int64_t groups, bool fast) {
   const Convolution c =
       forward_operands("conv_forward", input, weight, bias, output_size, stride, padding, dilation, groups);
   if (c.output.numel() == 0) return c.output;
@@ -30,14 +34,14 @@ Tensor conv_forward(const Tensor& input, const Tensor& weight, const std::option
                                        Layout(c.output.size(1), g.output, c.channels_last));
   const WeightLayout layout{window, g.out_channels * window.image, window.image, window.channel};
   for_floating_dtype(input.scalar_type(), "conv_forward", [&](auto scalar) {
-    gather<decltype(scalar)>(plan, layout, c.channels_last, c.input, c.weight, c.bias, c.output);
+    gather<decltype(scalar)>(plan, layout, c.channels_last, fast, c.input, c.weight, c.bias, c.output);
   });
   return c.output;
 }
 
 Tensor conv_input_grad(const Tensor& grad_output, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Sizes& input_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                       int64_t groups) {
+                       int64_t groups, bool fast) {
   const Convolution c =
       input_grad_operands("conv_input_grad", grad_output, weight, bias, input_size, stride, padding, dilation, groups);
   if (c.input.numel() == 0) return c.input;
@@ -47,13 +51,13 @@ Tensor conv_input_grad(const Tensor& grad_output, const Tensor& weight, const st
                                           Layout(c.input.size(1), g.input, c.channels_last));
   const WeightLayout layout{window, g.out_channels * window.image, window.channel, window.image};
   for_floating_dtype(grad_output.scalar_type(), "conv_input_grad", [&](auto scalar) {
-    gather<decltype(scalar)>(plan, layout, c.channels_last, c.output, c.weight, c.bias, c.input);
+    gather<decltype(scalar)>(plan, layout, c.channels_last, fast, c.output, c.weight, c.bias, c.input);
   });
   return c.input;
 }
 
 Tensor conv_weight_grad(const Tensor& grad_output, const Tensor& input, const Sizes& kernel_size, const Sizes& stride,
-                        const Sizes& padding, const Sizes& dilation, int64_t groups) {
+                        const Sizes& padding, const Sizes& dilation, int64_t groups, bool fast) {
   const Convolution c =
       weight_grad_operands("conv_weight_grad", grad_output, input, kernel_size, stride, padding, dilation, groups);
   if (c.weight.numel() == 0) return c.weight;
@@ -71,6 +75,8 @@ Tensor conv_weight_grad(const Tensor& grad_output, const Tensor& input, const Si
     if (depthwise_serves(plan))
       depthwise_weight_grad<T>(plan, layout, c.channels_last, data<T>(c.input), data<T>(c.output),
                                mutable_data<T>(c.weight));
+    else if (fast && winograd_serves(plan))
+      winograd_weight_grad<T>(plan, layout, data<T>(c.input), data<T>(c.output), mutable_data<T>(c.weight));
     else
       dense_weight_grad<T>(plan, layout, data<T>(c.input), data<T>(c.output), mutable_data<T>(c.weight));
   });

@@ -29,6 +29,26 @@ template <class T>
 void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
                        T* grad_weight);
 
+// The same for some blocks of the destination alone.
+template <class T>
+void dense_gather_blocks(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight,
+                         const T* bias, T* destination, const std::vector<Block>& blocks);
+
+// Few channels of the destination: planar_kernels.h.
+bool planar_serves(const Gather& plan);
+template <class T>
+void planar_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                   T* destination);
+
+// Windows of 3 x 3 taps at stride 1, with enough channels, by F(4x4, 3x3): winograd_kernels.h.
+bool winograd_serves(const Gather& plan);
+template <class T>
+void winograd_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                     T* destination);
+template <class T>
+void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
+                          T* grad_weight);
+
 // One channel a group on either side, and more groups than one. The source and the destination are both channels_last,
 // or both contiguous.
 bool depthwise_serves(const Gather& plan);

@@ -12,8 +12,9 @@ namespace manual_ops {
 namespace {
 
 // The weight gradient is summed in at most so many parts, each over blocks of its own, and the parts are added in their
-// order. Each part is as large as the weight: together they may take this many bytes.
-constexpr int64_t kParts = 8, kPartBytes = 16 << 20;
+// order. Each part is as large as the weight: together they may take this many bytes, and each has so many pixels, for
+// it is written and read once more.
+constexpr int64_t kParts = 8, kPartBytes = 16 << 20, kPartPixels = 512;
 
 struct Panels {
   int64_t width, count, step;  // columns of one, panels of a group, elements of one
@@ -28,11 +29,10 @@ struct Panels {
   }
 };
 
-}  // namespace
-
-template <class T>
-void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
-                  T* destination) {
+// The blocks block_of(0) .. block_of(count - 1), each at most as large as the blocking's.
+template <class T, class BlockOf>
+void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                   T* destination, const Blocking& blocking, bool direct, int64_t count, const BlockOf& block_of) {
   using A = accumulate_t<T>;
   const Panels panels = Panels::of(plan, A{});
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
@@ -51,22 +51,49 @@ void dense_gather(const Gather& plan, const WeightLayout& layout, const T* sourc
       padded_bias[channel / plan.channels * padded + channel % plan.channels] = static_cast<A>(bias[channel]);
   }
 
-  const bool direct = std::is_same_v<T, A> && plan.source.channel == 1 && rows_need_no_padding(plan);
-  const Blocking blocking = choose_blocking(plan, direct, padded, sizeof(A));
   const int64_t work = blocking.rows * blocking.columns * plan.taps() * plan.source_channels * padded / 16;
-  parallel_for(blocking.count * plan.groups, work, [&](int64_t begin, int64_t end) {
+  parallel_for(count, work, [&](int64_t begin, int64_t end) {
     const Scratch<A> sources(direct ? 0 : copied_values(plan, blocking));
     const Scratch<A> sums(blocking.rows * blocking.columns * padded);
     const Scratch<Run> runs(plan.taps());
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t group = index % plan.groups;
-      const Block block = block_at(plan, blocking, index / plan.groups, group);
+      const Block block = block_of(index);
       MANUAL_OPS_FOR_ISA(gather_block(plan, blocking, block, direct, source,
-                                      packed.data() + group * panels.count * panels.step,
-                                      bias == nullptr ? nullptr : padded_bias.data() + group * padded, destination,
-                                      sources.data(), sums.data(), runs.data()));
+                                      packed.data() + block.group * panels.count * panels.step,
+                                      bias == nullptr ? nullptr : padded_bias.data() + block.group * padded,
+                                      destination, sources.data(), sums.data(), runs.data()));
     }
   });
+}
+
+template <class T>
+bool reads_in_place(const Gather& plan) {
+  return std::is_same_v<T, accumulate_t<T>> && plan.source.channel == 1 && rows_need_no_padding(plan);
+}
+
+}  // namespace
+
+template <class T>
+void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                  T* destination) {
+  using A = accumulate_t<T>;
+  const Panels panels = Panels::of(plan, A{});
+  const bool direct = reads_in_place<T>(plan);
+  const Blocking blocking = choose_blocking(plan, direct, panels.count * panels.width, sizeof(A));
+  gather_blocks(plan, layout, source, weight, bias, destination, blocking, direct, blocking.count * plan.groups,
+                [&](int64_t index) { return block_at(plan, blocking, index / plan.groups, index % plan.groups); });
+}
+
+template <class T>
+void dense_gather_blocks(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight,
+                         const T* bias, T* destination, const std::vector<Block>& blocks) {
+  Blocking blocking{0, 0, plan.source_channels, 0, 0, 0};
+  for (const Block& block : blocks) {
+    blocking.rows = std::max(blocking.rows, block.rows.size());
+    blocking.columns = std::max(blocking.columns, block.columns.size());
+  }
+  gather_blocks(plan, layout, source, weight, bias, destination, blocking, reads_in_place<T>(plan),
+                static_cast<int64_t>(blocks.size()), [&](int64_t index) { return blocks[index]; });
 }
 
 template <class T>
@@ -75,10 +102,11 @@ void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* 
   using A = accumulate_t<T>;
   const Panels panels = Panels::of(plan, A{});
   const int64_t group_values = panels.count * panels.step, values = plan.groups * group_values;
-  const bool direct = std::is_same_v<T, A> && plan.source.channel == 1 && rows_need_no_padding(plan);
+  const bool direct = reads_in_place<T>(plan);
   const Blocking blocking = choose_blocking(plan, direct, panels.count * panels.width, sizeof(A));
   const int64_t affordable = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, values * sizeof(A)));
-  const int64_t parts = std::max<int64_t>(1, std::min({blocking.count, kParts, affordable}));
+  const int64_t pixels = blocking.count * blocking.rows * blocking.columns;
+  const int64_t parts = std::max<int64_t>(1, std::min({blocking.count, kParts, affordable, pixels / kPartPixels}));
   // Where the parts alone are too few to share, the panels are split too, each share packing the input again.
   const int64_t shares = std::min(panels.count, std::max<int64_t>(1, kParts / (parts * plan.groups)));
 
@@ -108,8 +136,10 @@ void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* 
   });
 }
 
-#define INSTANTIATE(T)                                                                                 \
-  template void dense_gather<T>(const Gather&, const WeightLayout&, const T*, const T*, const T*, T*); \
+#define INSTANTIATE(T)                                                                                       \
+  template void dense_gather<T>(const Gather&, const WeightLayout&, const T*, const T*, const T*, T*);       \
+  template void dense_gather_blocks<T>(const Gather&, const WeightLayout&, const T*, const T*, const T*, T*, \
+                                       const std::vector<Block>&);                                           \
   template void dense_weight_grad<T>(const Gather&, const WeightLayout&, const T*, const T*, T*);
 INSTANTIATE(double)
 INSTANTIATE(float)

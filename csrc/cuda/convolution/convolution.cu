@@ -13,7 +13,7 @@ bool is_depthwise(const Convolution& c) { return depthwise_serves(c.geometry) &&
 
 Tensor conv_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                     const Sizes& output_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                    int64_t groups) {
+                    int64_t groups, bool) {
   const CudaGuard guard(input);
   const Convolution c =
       forward_operands("conv_forward", input, weight, bias, output_size, stride, padding, dilation, groups);
@@ -27,7 +27,7 @@ Tensor conv_forward(const Tensor& input, const Tensor& weight, const std::option
 
 Tensor conv_input_grad(const Tensor& grad_output, const Tensor& weight, const std::optional<Tensor>& bias,
                        const Sizes& input_size, const Sizes& stride, const Sizes& padding, const Sizes& dilation,
-                       int64_t groups) {
+                       int64_t groups, bool) {
   const CudaGuard guard(grad_output);
   const Convolution c =
       input_grad_operands("conv_input_grad", grad_output, weight, bias, input_size, stride, padding, dilation, groups);
@@ -40,7 +40,7 @@ Tensor conv_input_grad(const Tensor& grad_output, const Tensor& weight, const st
 }
 
 Tensor conv_weight_grad(const Tensor& grad_output, const Tensor& input, const Sizes& kernel_size, const Sizes& stride,
-                        const Sizes& padding, const Sizes& dilation, int64_t groups) {
+                        const Sizes& padding, const Sizes& dilation, int64_t groups, bool) {
   const CudaGuard guard(grad_output);
   const Convolution c =
       weight_grad_operands("conv_weight_grad", grad_output, input, kernel_size, stride, padding, dilation, groups);
