@@ -187,8 +187,7 @@ void cross_entropy_input_grad_block(const accumulate_t<T>* row_grad, const T* in
                                     const accumulate_t<T>* weight, const Smoothing<accumulate_t<T>>& smoothing,
                                     int64_t classes, int64_t pitch, int count, const accumulate_t<T>* maxima,
                                     const accumulate_t<T>* log_sums, T* grad_input, accumulate_t<T>* scratch,
-                                    bool streaming) {
-  const StreamEnd end{streaming};
+                                    bool past_caches) {
   read_block(input, pitch, classes, count, scratch);
   if constexpr (kTarget == Target::distribution) {
     accumulate_t<T>* distributions = scratch + classes * kBlock;
@@ -199,7 +198,8 @@ void cross_entropy_input_grad_block(const accumulate_t<T>* row_grad, const T* in
     cross_entropy_input_grad_of_block<kTarget>(row_grad, scratch, target, weight, smoothing, classes, count, maxima,
                                                log_sums);
   }
-  write_block(scratch, grad_input, pitch, classes, count, streaming);
+  write_block(scratch, grad_input, pitch, classes, count, past_caches);
+  if (past_caches) finish_stores_past_caches();
 }
 
 template <Target kTarget, class T>

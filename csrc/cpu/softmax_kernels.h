@@ -27,14 +27,14 @@ template <bool kLog, class A>
 // output = softmax of neighbouring slices, or, from the input's `rows`, of rows. `scratch` has room for two blocks.
 template <bool kLog, class T>
 void softmax_block(const T* input, T* output, int64_t classes, int64_t pitch, int count, accumulate_t<T>* scratch,
-                   bool rows, bool streaming) {
-  const StreamEnd end{streaming};
+                   bool rows, bool past_caches) {
   if (rows)
     rows_to_block(input, classes, count, scratch);
   else
     read_block(input, pitch, classes, count, scratch);
   softmax_in_block<kLog>(scratch, classes);
-  write_block(scratch, output, pitch, classes, count, streaming);
+  write_block(scratch, output, pitch, classes, count, past_caches);
+  if (past_caches) finish_stores_past_caches();
 }
 
 // The same for rows. `scratch` has room for two rows.
@@ -108,13 +108,13 @@ template <bool kLog, class A>
 
 template <bool kLog, class T>
 void softmax_input_grad_block(const T* grad_output, const T* output, T* grad_input, int64_t classes, int64_t pitch,
-                              int count, accumulate_t<T>* scratch, bool streaming) {
-  const StreamEnd end{streaming};
+                              int count, accumulate_t<T>* scratch, bool past_caches) {
   accumulate_t<T>* grads = scratch + classes * kBlock;
   read_block(grad_output, pitch, classes, count, grads);
   read_block(output, pitch, classes, count, scratch);
   softmax_input_grad_in_block<kLog>(grads, scratch, classes);
-  write_block(scratch, grad_input, pitch, classes, count, streaming);
+  write_block(scratch, grad_input, pitch, classes, count, past_caches);
+  if (past_caches) finish_stores_past_caches();
 }
 
 template <bool kLog, class T>

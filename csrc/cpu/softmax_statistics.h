@@ -27,8 +27,8 @@ static inline void read_block(const T* input, int64_t pitch, int64_t classes, in
   }
 }
 template <class A, class T>
-static inline void write_block(const A* block, T* output, int64_t pitch, int64_t classes, int count, bool streaming) {
-  for (int64_t c = 0; c < classes; ++c) deliver(block + c * kBlock, output + c * pitch, count, streaming);
+static inline void write_block(const A* block, T* output, int64_t pitch, int64_t classes, int count, bool past_caches) {
+  for (int64_t c = 0; c < classes; ++c) deliver(block + c * kBlock, output + c * pitch, count, past_caches);
 }
 
 // The same for rows.
