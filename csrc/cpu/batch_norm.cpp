@@ -31,11 +31,12 @@ struct Layout : ChannelLayout {
            goes_past_caches(to, rows * channels * sizeof(T), (is_rows ? channels : pixels) * sizeof(T));
   }
 
-  // body(offset of the plane, channel, index of the plane) over all planes.
+  // body(offset of the plane, channel, index of the plane) over all planes. Bodies may store past the caches.
   template <class Body>
   void for_planes(const Body& body) const {
     parallel_for(batch * channels, pixels, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) body(plane * pixels, plane % channels, plane);
+      finish_stores_past_caches();
     });
   }
 
@@ -44,6 +45,7 @@ struct Layout : ChannelLayout {
   void for_channels(const Body& body) const {
     parallel_for(channels, rows, [&](int64_t begin, int64_t end) {
       for (int64_t channel = begin; channel < end; ++channel) body(channel);
+      finish_stores_past_caches();
     });
   }
 
@@ -54,6 +56,7 @@ struct Layout : ChannelLayout {
     parallel_for(count, height * channels, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         body(block * height * channels, std::min(height, rows - block * height), block);
+      finish_stores_past_caches();
     });
   }
 };
