@@ -161,15 +161,15 @@ template <class A, class T>
   for (int lane = 0; lane < lanes.count; ++lane) p[lane] = static_cast<T>(values[lane]);
 }
 
-// body(at, lanes, k) for the vectors of `count` elements; k counts up to kUnrolled, for as many sums in registers.
+// body(at, lanes, k) for the vectors of `count` elements; k counts up to kTogether, for as many sums in registers.
 constexpr int kUnrolled = 4;
-template <class A, class Body>
+template <class A, int kTogether = kUnrolled, class Body>
 [[gnu::always_inline]] static inline void for_each_vector(int64_t count, const Body& body) {
   constexpr int L = kLanes<A>;
   int64_t at = 0;
-  for (; at + kUnrolled * L <= count; at += kUnrolled * L) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kUnrolled; ++k) body(at + k * L, AllLanes{}, k);
+  for (; at + kTogether * L <= count; at += kTogether * L) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kTogether; ++k) body(at + k * L, AllLanes{}, k);
   }
   for (; at + L <= count; at += L) body(at, AllLanes{}, 0);
   if (at < count) body(at, FirstLanes{static_cast<int>(count - at)}, 0);
