@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "cpu/caches.h"
 #include "cpu/common.h"
 #include "cpu/intrinsics.h"
 
@@ -25,9 +26,9 @@ struct Cpu {
       using T = decltype(scalar);
       const T* x = data<T>(input);
       T* y = mutable_data<T>(output);
-      const bool streaming = x != y && is_streamed<T>(input.numel());
+      const bool past_caches = x != y && elementwise_goes_past_caches<T>(input.numel());
       parallel_for(input.numel(), work(kind), [&](int64_t begin, int64_t end) {
-        MANUAL_OPS_FOR_ISA(activate<kind, T>(x + begin, y + begin, end - begin, negative_slope, streaming));
+        MANUAL_OPS_FOR_ISA(activate<kind, T>(x + begin, y + begin, end - begin, negative_slope, past_caches));
       });
     });
   }
@@ -36,11 +37,11 @@ struct Cpu {
   static void product(const Tensor& grad_output, const Tensor& saved, const Tensor& grad_input, double negative_slope) {
     for_floating_dtype(saved.scalar_type(), "activation backward", [&](auto scalar) {
       using T = decltype(scalar);
-      const bool streaming = is_streamed<T>(saved.numel());
+      const bool past_caches = elementwise_goes_past_caches<T>(saved.numel());
       parallel_for(saved.numel(), work(kind), [&](int64_t begin, int64_t end) {
         MANUAL_OPS_FOR_ISA(activate_backward<kind, T>(data<T>(grad_output) + begin, data<T>(saved) + begin,
                                                       mutable_data<T>(grad_input) + begin, end - begin, negative_slope,
-                                                      streaming));
+                                                      past_caches));
       });
     });
   }

@@ -44,36 +44,37 @@ template <Activation kind, class A>
   }
 }
 
-// `output` may be `input`, if it is not streamed: hence ivdep, in place of a slow loop for operands that overlap.
+// `output` may be `input`, if it does not go past the caches: hence ivdep, in place of a slow loop for operands that
+// overlap.
 template <Activation kind, class T>
-void activate(const T* input, T* output, int64_t count, double negative_slope, bool streaming) {
+void activate(const T* input, T* output, int64_t count, double negative_slope, bool past_caches) {
   using A = accumulate_t<T>;
-  const StreamEnd end{streaming};
   const A slope = static_cast<A>(negative_slope);
   A wide[kChunk], results[kChunk];
   for (int64_t first = 0; first < count; first += kChunk) {
     const int64_t elements = count - first < kChunk ? count - first : kChunk;
     const A* x = widened(input + first, elements, wide);
-    A* y = computed_at(output + first, results, streaming);
+    A* y = computed_at(output + first, results, past_caches);
 #pragma GCC ivdep
     for (int64_t i = 0; i < elements; ++i) y[i] = activation_value<kind>(x[i], slope);
-    deliver(y, output + first, elements, streaming);
+    deliver(y, output + first, elements, past_caches);
   }
+  if (past_caches) finish_stores_past_caches();
 }
 
 template <Activation kind, class T>
 void activate_backward(const T* grad_output, const T* saved, T* grad_input, int64_t count, double negative_slope,
-                       bool streaming) {
+                       bool past_caches) {
   using A = accumulate_t<T>;
-  const StreamEnd end{streaming};
   const A slope = static_cast<A>(negative_slope);
   A wide_grad[kChunk], wide_saved[kChunk], results[kChunk];
   for (int64_t first = 0; first < count; first += kChunk) {
     const int64_t elements = count - first < kChunk ? count - first : kChunk;
     const A *g = widened(grad_output + first, elements, wide_grad), *x = widened(saved + first, elements, wide_saved);
-    A* y = computed_at(grad_input + first, results, streaming);
+    A* y = computed_at(grad_input + first, results, past_caches);
 #pragma GCC ivdep
     for (int64_t i = 0; i < elements; ++i) y[i] = activation_backward<kind>(g[i], x[i], slope);
-    deliver(y, grad_input + first, elements, streaming);
+    deliver(y, grad_input + first, elements, past_caches);
   }
+  if (past_caches) finish_stores_past_caches();
 }

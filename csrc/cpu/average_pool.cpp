@@ -1,13 +1,8 @@
 // Average pooling and its transpose, the spread of a gradient. Formulas: manual_ops/ops/average_pool.py.
 #include <new>
 #include <utility>
-#if defined(__x86_64__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
+#include "cpu/intrinsics.h"
 #include "windows.h"
 
 #define MANUAL_OPS_KERNELS "cpu/pool_kernels.h"

@@ -24,18 +24,19 @@ struct Layout : ChannelLayout {
     pitch = channels * pixels, blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   }
 
-  // Whether a tensor that lies like this is better written around the caches.
+  // Whether a tensor that lies like this goes past the caches.
   template <class T>
   bool past_caches(const T* to) const {
     return std::is_same_v<T, accumulate_t<T>> &&
-           write_past_caches(to, rows * channels * sizeof(T), (is_rows ? channels : pixels) * sizeof(T));
+           goes_past_caches(to, rows * channels * sizeof(T), (is_rows ? channels : pixels) * sizeof(T));
   }
 
-  // body(offset of the plane, channel, index of the plane) over all planes.
+  // body(offset of the plane, channel, index of the plane) over all planes. Bodies may store past the caches.
   template <class Body>
   void for_planes(const Body& body) const {
     parallel_for(batch * channels, pixels, [&](int64_t begin, int64_t end) {
       for (int64_t plane = begin; plane < end; ++plane) body(plane * pixels, plane % channels, plane);
+      finish_stores_past_caches();
     });
   }
 
@@ -44,6 +45,7 @@ struct Layout : ChannelLayout {
   void for_channels(const Body& body) const {
     parallel_for(channels, rows, [&](int64_t begin, int64_t end) {
       for (int64_t channel = begin; channel < end; ++channel) body(channel);
+      finish_stores_past_caches();
     });
   }
 
@@ -54,6 +56,7 @@ struct Layout : ChannelLayout {
     parallel_for(count, height * channels, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         body(block * height * channels, std::min(height, rows - block * height), block);
+      finish_stores_past_caches();
     });
   }
 };
@@ -169,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
     affine.set_statistics(mean, var);
     const T *x = data<T>(input), *r = has_residual ? data<T>(residual) : nullptr;
     T* y = mutable_data<T>(output);
-    const bool around = layout.past_caches(y);
+    const bool past_caches = layout.past_caches(y);
     A *means = mutable_data<A>(used_mean), *vars = mutable_data<A>(used_var);
     uint8_t* bits = has_residual && relu ? mutable_data<uint8_t>(mask) : nullptr;
     if (mean) {
@@ -179,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
     const auto plane = [&](int64_t offset, int64_t c, int64_t index) {
       MANUAL_OPS_FOR_ISA(apply_plane(x + offset, r == nullptr ? nullptr : r + offset, y + offset,
                                      bits == nullptr ? nullptr : bits + index * ((pixels + 7) / 8), pixels,
-                                     affine.mean[c], affine.scale[c], affine.bias[c], relu, around));
+                                     affine.mean[c], affine.scale[c], affine.bias[c], relu, past_caches));
     };
     if (!layout.is_rows && mean) {
       layout.for_planes(plane);
@@ -197,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_forward(const Tensor& inpu
       layout.for_blocks(bits == nullptr ? kRowsPerBlock : 8, [&](int64_t offset, int64_t rows, int64_t block) {
         MANUAL_OPS_FOR_ISA(apply_rows(x + offset, r == nullptr ? nullptr : r + offset, y + offset,
                                       bits == nullptr ? nullptr : bits + block * channels, rows, channels,
-                                      affine.mean.data(), affine.scale.data(), affine.bias.data(), relu, around));
+                                      affine.mean.data(), affine.scale.data(), affine.bias.data(), relu, past_caches));
       });
     }
   });
@@ -247,16 +250,16 @@ Tensor batch_norm_masked_grad(const Tensor& grad_any, const Tensor& mask_any) {
     const T* g = data<T>(grad_output);
     const uint8_t* bits = data<uint8_t>(mask);
     T* out = mutable_data<T>(output);
-    const bool around = layout.past_caches(out);
+    const bool past_caches = layout.past_caches(out);
     if (layout.is_rows) {
       layout.for_blocks(8, [&](int64_t offset, int64_t rows, int64_t block) {
         MANUAL_OPS_FOR_ISA(
-            masked_rows(g + offset, bits + block * layout.channels, out + offset, rows, layout.channels, around));
+            masked_rows(g + offset, bits + block * layout.channels, out + offset, rows, layout.channels, past_caches));
       });
     } else {
       layout.for_planes([&](int64_t offset, int64_t, int64_t index) {
-        MANUAL_OPS_FOR_ISA(
-            masked_plane(g + offset, bits + index * ((layout.pixels + 7) / 8), out + offset, layout.pixels, around));
+        MANUAL_OPS_FOR_ISA(masked_plane(g + offset, bits + index * ((layout.pixels + 7) / 8), out + offset,
+                                        layout.pixels, past_caches));
       });
     }
   });
@@ -318,7 +321,7 @@ void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accum
               const Affine<accumulate_t<T>>& affine) {
   using A = accumulate_t<T>;
   const int64_t channels = layout.channels, pixels = layout.pixels;
-  const bool around = layout.past_caches(grad_input);
+  const bool past_caches = layout.past_caches(grad_input);
   std::vector<A> mean_grad(channels), by_input(channels);
   // weight * rstd * (g - <g> - xhat * <g xhat>), with xhat = (x - mean) * rstd.
   const auto finish = [&](int64_t c, double sum, double dot) {
@@ -332,7 +335,7 @@ void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accum
     layout.for_blocks(kRowsPerBlock, [&](int64_t offset, int64_t rows, int64_t) {
       MANUAL_OPS_FOR_ISA(input_grad_rows<kRelu>(g + offset, x + offset, grad_input + offset, rows, channels,
                                                 affine.mean.data(), affine.scale.data(), affine.bias.data(),
-                                                mean_grad.data(), by_input.data(), around));
+                                                mean_grad.data(), by_input.data(), past_caches));
     });
     return;
   }
@@ -343,7 +346,8 @@ void backward(const Layout& layout, const T* g, const T* x, T* grad_input, accum
     for (int64_t n = 0; n < layout.batch; ++n) {
       const int64_t offset = n * layout.pitch + c * pixels;
       MANUAL_OPS_FOR_ISA(input_grad_plane<kRelu>(g + offset, x + offset, grad_input + offset, pixels, affine.mean[c],
-                                                 affine.scale[c], affine.bias[c], mean_grad[c], by_input[c], around));
+                                                 affine.scale[c], affine.bias[c], mean_grad[c], by_input[c],
+                                                 past_caches));
     }
   });
 }
@@ -377,14 +381,14 @@ Tensor channel_scale(const Tensor& input_any, const Tensor& scale) {
     const Affine<accumulate_t<T>> affine(layout.channels, scale, std::nullopt, 0);
     const T* x = data<T>(input);
     T* y = mutable_data<T>(output);
-    const bool around = layout.past_caches(y);
+    const bool past_caches = layout.past_caches(y);
     if (layout.is_rows) {
       layout.for_blocks(kRowsPerBlock, [&](int64_t offset, int64_t rows, int64_t) {
-        MANUAL_OPS_FOR_ISA(scale_rows(x + offset, y + offset, rows, layout.channels, affine.scale.data(), around));
+        MANUAL_OPS_FOR_ISA(scale_rows(x + offset, y + offset, rows, layout.channels, affine.scale.data(), past_caches));
       });
     } else {
       layout.for_planes([&](int64_t offset, int64_t c, int64_t) {
-        MANUAL_OPS_FOR_ISA(scale_plane(x + offset, y + offset, layout.pixels, affine.scale[c], around));
+        MANUAL_OPS_FOR_ISA(scale_plane(x + offset, y + offset, layout.pixels, affine.scale[c], past_caches));
       });
     }
   });

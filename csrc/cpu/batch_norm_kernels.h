@@ -1,4 +1,3 @@
-#include "cpu/past_caches.h"
 #include "cpu/vectors.h"
 
 // Batch norm over planes (contiguous tensors: a channel is `batch` planes of `pixels` values, `pitch` apart) and over
@@ -27,7 +26,7 @@ inline void store_values(V result, T* to) {
     store_vector<accumulate_t<T>>(to, result);
 }
 
-// The same around the caches, if that is asked for: `to` is aligned then, and T the type of accumulation.
+// The same past the caches, if that is asked for: `to` is aligned then, and T the type of accumulation.
 template <int kCount, class T, class V>
 inline void store_values(V result, T* to, bool past_caches) {
   if constexpr (kCount > 1 && std::is_same_v<T, accumulate_t<T>>)
@@ -54,8 +53,7 @@ inline V rounded(V value) {
   if constexpr (std::is_same_v<V, A>) {
     return static_cast<A>(static_cast<T>(value));
   } else {
-    for (int lane = 0; lane < kLanes<A>; ++lane) value[lane] = static_cast<A>(static_cast<T>(value[lane]));
-    return value;
+    return rounded_to<T, A>(value);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/caches.h"
 #include "cpu/common.h"
 #include "cpu/intrinsics.h"
 #include "cpu/scratch.h"
@@ -294,7 +295,7 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
     const RowGrad<T> row_grads(grad_output, denominator, reduction, rows);
     const A soft = static_cast<A>(label_smoothing / std::max<int64_t>(1, rows.classes));
     const A *maxima = data<A>(lse), *log_sums = maxima + rows.rows;
-    const bool streaming = is_streamed<T>(input.numel());
+    const bool past_caches = elementwise_goes_past_caches<T>(input.numel());
     for_target(target, label_smoothing, [&](auto kind) {
       constexpr Target kTarget = kind;
       constexpr bool indexed = kTarget != Target::distribution;
@@ -312,7 +313,7 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
         if (rows.strided) {
           MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_block<kTarget>(
               row_grad, data<T>(input) + block.offset, t, w, smoothing, rows.classes, rows.pitch,
-              static_cast<int>(block.count), maxima + block.row, log_sums + block.row, out, scratch, streaming));
+              static_cast<int>(block.count), maxima + block.row, log_sums + block.row, out, scratch, past_caches));
         } else {
           MANUAL_OPS_FOR_ISA(cross_entropy_input_grad_rows<kTarget>(
               row_grad, data<T>(input) + block.offset, t, w, smoothing, block.count, rows.classes, maxima + block.row,

@@ -100,8 +100,8 @@ void cross_entropy_rows(const T* input, const target_t<kTarget, T>* target, cons
     const A* q = nullptr;
     if constexpr (kTarget == Target::distribution) q = widened(target + row * classes, classes, scratch + classes);
     const A maximum = row_maximum(x, classes);
-    vector_t<A> sums[kUnrolled] = {}, wq_sums[kUnrolled] = {}, wq_shifted[kUnrolled] = {};
-    for_each_vector<A>(
+    vector_t<A> sums[kRowSums] = {}, wq_sums[kRowSums] = {}, wq_shifted[kRowSums] = {};
+    for_each_vector<A, kRowSums>(
         classes, [&](int64_t c, auto lanes, int k) __attribute__((always_inline)) {
           prefetch(input + classes + c);  // the next row's
           sums[k] += vexp(load<A>(x + c, lanes, lowest) - maximum);
@@ -115,11 +115,11 @@ void cross_entropy_rows(const T* input, const target_t<kTarget, T>* target, cons
             wq_shifted[k] += wq * (load<A>(x + c, lanes, maximum) - maximum);
           }
         });
-    const A log_sum = vlog(sum_of<A>(sums));
+    const A log_sum = vlog(sum_of_row<A>(sums));
     maxima[row] = maximum;
     log_sums[row] = log_sum;
     if constexpr (kTarget == Target::distribution) {
-      loss[row] = sum_of<A>(wq_sums) * log_sum - sum_of<A>(wq_shifted);
+      loss[row] = sum_of_row<A>(wq_sums) * log_sum - sum_of_row<A>(wq_shifted);
     } else {
       const int64_t t = target[row];
       if (t == smoothing.ignore_index) {
@@ -128,7 +128,7 @@ void cross_entropy_rows(const T* input, const target_t<kTarget, T>* target, cons
       }
       loss[row] = hard * weight[t] * (log_sum - (x[t] - maximum));
       if (kTarget == Target::smoothed_index)
-        loss[row] += soft * (smoothing.weight_sum * log_sum - sum_of<A>(wq_shifted));
+        loss[row] += soft * (smoothing.weight_sum * log_sum - sum_of_row<A>(wq_shifted));
     }
   }
 }
@@ -187,8 +187,7 @@ void cross_entropy_input_grad_block(const accumulate_t<T>* row_grad, const T* in
                                     const accumulate_t<T>* weight, const Smoothing<accumulate_t<T>>& smoothing,
                                     int64_t classes, int64_t pitch, int count, const accumulate_t<T>* maxima,
                                     const accumulate_t<T>* log_sums, T* grad_input, accumulate_t<T>* scratch,
-                                    bool streaming) {
-  const StreamEnd end{streaming};
+                                    bool past_caches) {
   read_block(input, pitch, classes, count, scratch);
   if constexpr (kTarget == Target::distribution) {
     accumulate_t<T>* distributions = scratch + classes * kBlock;
@@ -199,7 +198,8 @@ void cross_entropy_input_grad_block(const accumulate_t<T>* row_grad, const T* in
     cross_entropy_input_grad_of_block<kTarget>(row_grad, scratch, target, weight, smoothing, classes, count, maxima,
                                                log_sums);
   }
-  write_block(scratch, grad_input, pitch, classes, count, streaming);
+  write_block(scratch, grad_input, pitch, classes, count, past_caches);
+  if (past_caches) finish_stores_past_caches();
 }
 
 template <Target kTarget, class T>
@@ -235,12 +235,12 @@ void cross_entropy_input_grad_rows(const accumulate_t<T>* row_grad, const T* inp
     int64_t t = 0;
     if constexpr (kTarget == Target::distribution) {
       q = widened(target + row * classes, classes, scratch + classes);
-      vector_t<A> totals[kUnrolled] = {};
-      for_each_vector<A>(
+      vector_t<A> totals[kRowSums] = {};
+      for_each_vector<A, kRowSums>(
           classes, [&](int64_t c, auto lanes, int k) __attribute__((always_inline)) {
             totals[k] += load<A>(weight + c, lanes) * (hard * load<A>(q + c, lanes) + soft);
           });
-      total = sum_of<A>(totals);
+      total = sum_of_row<A>(totals);
     } else {
       const bool kept = target[row] != smoothing.ignore_index;
       t = kept ? target[row] : 0;

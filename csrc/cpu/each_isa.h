@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/caches.h"
 #include "cpu/common.h"
 #include "cpu/isa.h"
 

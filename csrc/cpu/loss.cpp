@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "cpu/caches.h"
 #include "cpu/common.h"
 #include "cpu/intrinsics.h"
 
@@ -29,11 +30,11 @@ struct Cpu {
         input.scalar_type(), "loss", [&, &input = input, &target = target, &weights = weights](auto scalar) {
           using T = decltype(scalar);
           if (!reduced) {
-            const bool streaming = is_streamed<T>(count);
+            const bool past_caches = elementwise_goes_past_caches<T>(count);
             parallel_for(count, work(kind), [&](int64_t begin, int64_t end) {
               MANUAL_OPS_FOR_ISA(losses<kind, T>(data<T>(input) + begin, data<T>(target) + begin,
                                                  data<T>(weights) + begin, mutable_data<T>(output) + begin, end - begin,
-                                                 streaming));
+                                                 past_caches));
             });
             return;
           }
@@ -60,16 +61,16 @@ struct Cpu {
     for_floating_dtype(
         input.scalar_type(), "loss backward", [&, &input = input, &target = target, &weights = weights](auto scalar) {
           using T = decltype(scalar);
-          const bool streaming = is_streamed<T>(input.numel());
+          const bool past_caches = elementwise_goes_past_caches<T>(input.numel());
           parallel_for(input.numel(), work(kind), [&](int64_t begin, int64_t end) {
             const T* grad = data<T>(grad_output);
             const T *x = data<T>(input) + begin, *t = data<T>(target) + begin, *w = data<T>(weights) + begin;
             T* result = mutable_data<T>(grad_input) + begin;
             if (reduced) {
-              MANUAL_OPS_FOR_ISA(loss_backward<kind, true, T>(grad, scale, x, t, w, result, end - begin, streaming));
+              MANUAL_OPS_FOR_ISA(loss_backward<kind, true, T>(grad, scale, x, t, w, result, end - begin, past_caches));
             } else {
               MANUAL_OPS_FOR_ISA(
-                  loss_backward<kind, false, T>(grad + begin, scale, x, t, w, result, end - begin, streaming));
+                  loss_backward<kind, false, T>(grad + begin, scale, x, t, w, result, end - begin, past_caches));
             }
           });
         });

@@ -51,16 +51,16 @@ template <Loss kind, class T, class Body>
 }
 
 template <Loss kind, class T>
-void losses(const T* input, const T* target, const T* weights, T* output, int64_t count, bool streaming) {
+void losses(const T* input, const T* target, const T* weights, T* output, int64_t count, bool past_caches) {
   using A = accumulate_t<T>;
-  const StreamEnd end{streaming};
   A results[kChunk];
   for_each_chunk<kind>(input, target, weights, count, [&](const auto& chunk, int64_t first, int64_t elements) {
-    A* y = computed_at(output + first, results, streaming);
+    A* y = computed_at(output + first, results, past_caches);
 #pragma GCC ivdep
     for (int64_t i = 0; i < elements; ++i) y[i] = chunk.value(i);
-    deliver(y, output + first, elements, streaming);
+    deliver(y, output + first, elements, past_caches);
   });
+  if (past_caches) finish_stores_past_caches();
 }
 
 // The sum over a block, in independent lanes so that the loop vectorises.
@@ -83,16 +83,16 @@ void sum_losses(const T* input, const T* target, const T* weights, double* sum, 
 // grad_output has one value an element, or, for a reduced loss, a single one.
 template <Loss kind, bool reduced, class T>
 void loss_backward(const T* grad_output, double scale, const T* input, const T* target, const T* weights, T* grad_input,
-                   int64_t count, bool streaming) {
+                   int64_t count, bool past_caches) {
   using A = accumulate_t<T>;
-  const StreamEnd end{streaming};
   const A common = static_cast<A>(scale) * (reduced ? static_cast<A>(*grad_output) : A(1));
   A wide_grad[kChunk], results[kChunk];
   for_each_chunk<kind>(input, target, weights, count, [&](const auto& chunk, int64_t first, int64_t elements) {
     const A* g = reduced ? &common : widened(grad_output + first, elements, wide_grad);
-    A* y = computed_at(grad_input + first, results, streaming);
+    A* y = computed_at(grad_input + first, results, past_caches);
 #pragma GCC ivdep
     for (int64_t i = 0; i < elements; ++i) y[i] = chunk.slope(i) * (reduced ? common : g[i]);
-    deliver(y, grad_input + first, elements, streaming);
+    deliver(y, grad_input + first, elements, past_caches);
   });
+  if (past_caches) finish_stores_past_caches();
 }

@@ -3,13 +3,8 @@
 #include <new>
 #include <utility>
 #include <vector>
-#if defined(__x86_64__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
+#include "cpu/intrinsics.h"
 #include "windows.h"
 
 #define MANUAL_OPS_KERNELS "cpu/pool_kernels.h"

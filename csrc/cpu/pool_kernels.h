@@ -7,37 +7,13 @@
 //
 // Work comes as items: (block of lanes, tile of columns, row). A range of items can start anywhere, and its results do
 // not depend on where it does.
+#include "cpu/vectors.h"
 
+// A tap's number, as wide as a lane of A, and a vector of them.
 template <class A>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t code;
-  typedef int32_t code_vector __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t code;
-  typedef int64_t code_vector __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<int32_t> : VectorOf<float> {
-  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<int64_t> : VectorOf<double> {
-  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
-};
+using code_t = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 template <class A>
-using vector_t = typename VectorOf<A>::type;
-template <class A>
-using code_t = typename VectorOf<A>::code;  // a tap's number, as wide as a lane of A
-template <class A>
-using codes_t = typename VectorOf<A>::code_vector;  // and a vector of such integers
-template <class A>
-constexpr int64_t kLanes = kVectorBytes / sizeof(A);
+using codes_t = vector_t<code_t<A>>;
 
 // channels_last blocks of 256 bytes of A keep neighbouring cache lines together; narrower ones were slower.
 constexpr int kWide = 256 / kVectorBytes;
@@ -45,89 +21,11 @@ constexpr int kWide = 256 / kVectorBytes;
 constexpr int64_t kTilePixels = 512;
 // Rows are transposed in flat chunks of about this many pixels, so that short rows fill whole registers.
 constexpr int64_t kChunkPixels = 256;
-// Larger results go past the caches.
-constexpr int64_t kStreamBytes = 16 << 20;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// The upper halves of bfloat16 after rounding to nearest, ties to even; a NaN stays one.
-static inline vector_t<int32_t> rounded_bfloat16(vector_t<float> vector) {
-  const vector_t<int32_t> bits = reinterpret_cast<vector_t<int32_t>>(vector), nan = vector != vector;
-  const vector_t<int32_t> rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-  return (rounded & ~nan) | (nan & 0x7fc0);
-}
-
-// A vector's worth of T as A, and back. Where the types differ GCC takes loops over lanes, and __builtin_convertvector,
-// apart into single elements as soon as they meet a transpose; hence the instructions by name.
-template <class A, class T>
-static inline vector_t<A> load_vector(const T* p) {
-  typedef vector_t<A> Vector;
-  if constexpr (std::is_same_v<A, T>) {
-    Vector loaded;
-    __builtin_memcpy(&loaded, p, sizeof(loaded));
-    return loaded;
-  }
-#if defined(__x86_64__)
-  constexpr bool k512 = sizeof(Vector) == 64 && sizeof(A) == 4, k256 = sizeof(Vector) == 32 && sizeof(A) == 4;
-  if constexpr (k512 && std::is_same_v<T, uint8_t>)
-    return reinterpret_cast<Vector>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  if constexpr (k256 && std::is_same_v<T, uint8_t>)
-    return reinterpret_cast<Vector>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  if constexpr (k512 && std::is_same_v<T, uint16_t>)
-    return reinterpret_cast<Vector>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-  if constexpr (k256 && std::is_same_v<T, uint16_t>)
-    return reinterpret_cast<Vector>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  if constexpr ((k512 || k256) && std::is_same_v<T, BFloat16>)
-    return reinterpret_cast<Vector>(load_vector<int32_t>(reinterpret_cast<const uint16_t*>(p)) << 16);
-  if constexpr (k512 && std::is_same_v<T, Half>)
-    return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-  if constexpr (k256 && std::is_same_v<T, Half>)
-    return reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#endif
-  A values[kLanes<A>];
-  for (int lane = 0; lane < kLanes<A>; ++lane) values[lane] = static_cast<A>(p[lane]);
-  Vector loaded;
-  __builtin_memcpy(&loaded, values, sizeof(loaded));
-  return loaded;
-}
-
-template <class A, class T>
-static inline void store_vector(T* p, vector_t<A> vector) {
-  if constexpr (std::is_same_v<A, T>) {
-    __builtin_memcpy(p, &vector, sizeof(vector));
-    return;
-  }
-#if defined(__x86_64__)
-  constexpr bool k512 = sizeof(vector) == 64 && sizeof(A) == 4, k256 = sizeof(vector) == 32 && sizeof(A) == 4;
-  // The low 16 bits of each of 8 numbers below 65536.
-  [[maybe_unused]] const auto pack_16 = [](auto numbers) {
-    const __m256i wide = reinterpret_cast<__m256i>(numbers);
-    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
-  };
-  if constexpr (k512 && std::is_same_v<T, uint8_t>)
-    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(vector)));
-  if constexpr (k256 && std::is_same_v<T, uint8_t>)
-    return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pack_16(vector), pack_16(vector)));
-  if constexpr (k512 && std::is_same_v<T, uint16_t>)
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(vector)));
-  if constexpr (k256 && std::is_same_v<T, uint16_t>)
-    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), pack_16(vector));
-  if constexpr ((k512 || k256) && std::is_same_v<T, BFloat16>)
-    return store_vector<int32_t>(reinterpret_cast<uint16_t*>(p), rounded_bfloat16(vector));
-  if constexpr (k512 && std::is_same_v<T, Half>)
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                               _mm512_cvtps_ph(reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT));
-  if constexpr (k256 && std::is_same_v<T, Half>)
-    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                            _mm256_cvtps_ph(reinterpret_cast<__m256>(vector), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  A values[kLanes<A>];
-  __builtin_memcpy(values, &vector, sizeof(vector));
-  for (int lane = 0; lane < kLanes<A>; ++lane) p[lane] = static_cast<T>(values[lane]);
-}
-
-// The same for the first `lanes` lanes of a vector, fewer than it has.
+// load_vector and store_vector for the first `lanes` lanes, fewer than there are.
 template <class A, class T>
 static inline vector_t<A> load_part(const T* p, int64_t lanes) {
   T values[kLanes<A>] = {};
@@ -180,24 +78,6 @@ static inline void store(T* p, vector_t<A> vector, int64_t lanes, const T* end) 
   store_vector<A, T>(p, vector);
 }
 
-// Past the caches: for whole aligned vectors of a large result, which nobody reads soon. Ends with end_streams().
-template <class V>
-static inline void stream(void* p, V vector) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) == 64)
-    return _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(vector));
-  if constexpr (sizeof(V) == 32)
-    return _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(vector));
-#endif
-  __builtin_memcpy(p, &vector, sizeof(vector));
-}
-
-static inline void end_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 template <class T>
 struct Buffer {
   T* data;
@@ -206,33 +86,6 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
   ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
 };
-
-// One step of a matrix transpose: swaps the off-diagonal blocks of size kBlock between rows a and b.
-template <int kBlock, class V, int... kLane>
-static inline void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
-  constexpr int L = sizeof...(kLane);
-  const V first = __builtin_shufflevector(a, b, (kLane & kBlock ? L + kLane - kBlock : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kBlock ? L + kLane : kLane + kBlock)...);
-  a = first;
-}
-
-// Keeps GCC from looking through a vector at what it was made of.
-template <class V>
-static inline void pin(V& vector) {
-#if defined(__x86_64__)
-  asm("" : "+v"(vector));
-#endif
-}
-
-template <int kBlock, int L, class V>
-static inline void transpose_from(V* rows) {
-  if constexpr (kBlock > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i)
-      if (!(i & kBlock)) exchange<kBlock>(rows[i], rows[i + kBlock], std::make_integer_sequence<int, L>());
-    transpose_from<kBlock / 2, L>(rows);
-  }
-}
 
 // Transposes move words as wide as A's lanes, each of kPacked neighbouring elements of T, so that they take whole
 // vectors of T at a time; element e of every word is then converted at once.
@@ -289,7 +142,7 @@ static void to_lanes(const T* planes, int64_t pitch, int64_t count, int64_t pixe
       __builtin_memcpy(&rows[lane], starts[lane] + pixel, sizeof(rows[lane]));
       pin(rows[lane]);
     }
-    transpose_from<L / 2, L>(rows);
+    transpose_from<L / 2, code_t<A>>(rows);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < L; ++i) {
 #pragma GCC unroll 8
@@ -299,7 +152,7 @@ static void to_lanes(const T* planes, int64_t pitch, int64_t count, int64_t pixe
 }
 
 template <class A, class T>
-static void from_lanes(const A* lanes, int64_t pitch, int64_t count, int64_t pixels, T* planes, bool streams) {
+static void from_lanes(const A* lanes, int64_t pitch, int64_t count, int64_t pixels, T* planes, bool past_caches) {
   constexpr int64_t L = kLanes<A>, P = kPacked<A, T>, kTile = L * P;
   if (pixels < kTile) {
     A tile[kTile * L] = {};
@@ -322,13 +175,13 @@ static void from_lanes(const A* lanes, int64_t pitch, int64_t count, int64_t pix
                    << 8 * static_cast<int>(sizeof(T)) * e;
       pin(rows[i]);
     }
-    transpose_from<L / 2, L>(rows);
+    transpose_from<L / 2, code_t<A>>(rows);
     T* p = planes + pixel;
     if (count < L) {
       for (int64_t lane = 0; lane < count; ++lane) __builtin_memcpy(p + lane * pitch, &rows[lane], sizeof(rows[lane]));
-    } else if (streams && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {
+    } else if (past_caches && reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0) {
 #pragma GCC unroll 16
-      for (int64_t lane = 0; lane < L; ++lane) stream(p + lane * pitch, rows[lane]);
+      for (int64_t lane = 0; lane < L; ++lane) store_past_caches(rows[lane], p + lane * pitch);
     } else {
 #pragma GCC unroll 16
       for (int64_t lane = 0; lane < L; ++lane) __builtin_memcpy(p + lane * pitch, &rows[lane], sizeof(rows[lane]));
@@ -452,14 +305,11 @@ template <class A, class T>
 struct LaneWriter {
   T* planes = nullptr;
   int64_t pitch, count = 0, capacity, start = 0, filled = 0;
-  bool streams;
+  bool past_caches;
   Buffer<A> lanes;
 
-  LaneWriter(int64_t pitch, int64_t columns, bool streams)
-      : pitch(pitch),
-        capacity(columns),
-        streams(streams && pitch * sizeof(T) % kVectorBytes == 0),
-        lanes(most(columns, kChunkPixels) * kLanes<A>) {
+  LaneWriter(int64_t pitch, int64_t columns, bool past_caches)
+      : pitch(pitch), capacity(columns), past_caches(past_caches), lanes(most(columns, kChunkPixels) * kLanes<A>) {
     constexpr int64_t kTile = kLanes<A> * kPacked<A, T>;
     const int64_t rows = kChunkPixels / columns, together = kTile / least(kTile, columns & -columns);
     capacity = most(1, rows < together ? rows : rows - rows % together) * columns;
@@ -477,7 +327,7 @@ struct LaneWriter {
     return lane;
   }
   void flush() {
-    if (filled) from_lanes(lanes.data, pitch, count, filled, planes + start, streams);
+    if (filled) from_lanes(lanes.data, pitch, count, filled, planes + start, past_caches);
     filled = 0;
   }
 };
@@ -655,10 +505,11 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
     tile_inputs = most(tile_inputs, range.end - range.begin);
   }
 
-  const bool lanes_made = !g.channels_last,
-             streams = g.batch * g.channels * g.output_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const bool lanes_made = !g.channels_last;
+  const int64_t plane_bytes = g.output_pixels() * static_cast<int64_t>(sizeof(T));
+  const bool past_caches = lanes_made && goes_past_caches(output, g.batch * g.channels * plane_bytes, plane_bytes);
   LaneRows<A, T> source(g, h.input, w.input, g.input_pixels(), lanes_made ? tile_inputs : 0, d.taps, 1);
-  LaneWriter<A, T> values_out(g.output_pixels(), lanes_made ? tile : 1, streams);
+  LaneWriter<A, T> values_out(g.output_pixels(), lanes_made ? tile : 1, past_caches);
   LaneWriter<code_t<A>, U> winners_out(g.output_pixels(), lanes_made && kMax ? tile : 1, false);
   const int64_t slots = d.taps * h.reach, slot_size = tile * L * (g.channels_last ? kWide : 1);
   Buffer<A> ring(slots * slot_size);
@@ -741,7 +592,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
   }
   values_out.flush();
   winners_out.flush();
-  end_streams();
+  if (past_caches) finish_stores_past_caches();
 }
 
 // Backward, columns first .. last-1 of a row of the input's gradient. Where whole windows lie, kStride inputs at a time
@@ -778,14 +629,14 @@ static inline void for_windows(const AxisView& w, const Body& body) {
 template <class A, Lanes kTo, class T>
 static void collect_winners(const A* const* grads, const code_t<A>* const* winners, const code_t<A>* bases,
                             int64_t rows, const AxisView& w, int64_t first, int64_t last, int64_t vectors,
-                            int64_t lanes, T* grad_input, int64_t pixel_pitch, bool streams) {
+                            int64_t lanes, T* grad_input, int64_t pixel_pitch, bool past_caches) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
   const T* end = grad_input + (last - first) * pitch;
   const auto put = [&](int64_t i, int64_t v, vector_t<A> sum) {
     T* to = grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes);
     if constexpr (kTo == Lanes::channels && std::is_same_v<A, T>)
-      if (streams) return stream(to, sum);
+      if (past_caches) return store_past_caches(sum, to);
     store<A, kTo>(to, sum, lanes, end);
   };
   const auto add = [&](vector_t<A>& sum, vector_t<A> grad, codes_t<A> winner, int64_t tap) {
@@ -840,7 +691,7 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
 template <class A, Lanes kTo, class T>
 static void collect_shares(const A* const* grads, const A* const* scales, int64_t rows, const AxisView& w,
                            int64_t first_output, int64_t last_output, int64_t first, int64_t last, int64_t vectors,
-                           int64_t lanes, A* shares, T* grad_input, int64_t pixel_pitch, bool streams) {
+                           int64_t lanes, A* shares, T* grad_input, int64_t pixel_pitch, bool past_caches) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
   for (int64_t o = first_output; o < last_output; ++o) {
@@ -855,7 +706,7 @@ static void collect_shares(const A* const* grads, const A* const* scales, int64_
   const auto put = [&](int64_t i, int64_t v, vector_t<A> sum) {
     T* to = grad_input + (i - first) * pitch + lane_of<A, kTo>(v, lanes);
     if constexpr (kTo == Lanes::channels && std::is_same_v<A, T>)
-      if (streams) return stream(to, sum);
+      if (past_caches) return store_past_caches(sum, to);
     store<A, kTo>(to, sum, lanes, end);
   };
   const auto share = [&](int64_t o, int64_t v) { return load_vector<A>(shares + ((o - first_output) * V + v) * L); };
@@ -917,14 +768,14 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
     }
   }
 
-  const bool lanes_made = !g.channels_last,
-             large = g.batch * g.channels * g.input_pixels() * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
-  const bool streams =
-      large && (lanes_made || (g.channels % L == 0 && reinterpret_cast<uintptr_t>(grad_input) % kVectorBytes == 0));
+  const bool lanes_made = !g.channels_last;
+  const int64_t run = (lanes_made ? g.input_pixels() : g.channels) * static_cast<int64_t>(sizeof(T));
+  const bool past_caches =
+      goes_past_caches(grad_input, g.batch * g.channels * g.input_pixels() * static_cast<int64_t>(sizeof(T)), run);
   const int64_t depths = d.cover_count, most_rows = d.cover_count * h.cover_count, pixels = g.output_pixels();
   LaneRows<A, T> grads(g, h.output, w.output, pixels, tile_outputs, depths, h.cover_reach);
   LaneRows<code_t<A>, U> winners(g, h.output, w.output, pixels, kMax ? tile_outputs : 0, depths, h.cover_reach);
-  LaneWriter<A, T> out(g.input_pixels(), lanes_made ? tile : 1, streams);
+  LaneWriter<A, T> out(g.input_pixels(), lanes_made ? tile : 1, past_caches);
   Buffer<const A*> row_grads(most_rows);
   Buffer<const code_t<A>*> row_winners(most_rows);
   Buffer<code_t<A>> bases(most_rows);
@@ -967,10 +818,10 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
       const auto collect = [&](auto* to) {
         if constexpr (kMax)
           collect_winners<A, kTo>(row_grads.data, row_winners.data, bases.data, used, w, first, last, block.vectors,
-                                  block.lanes, to, g.channels, streams);
+                                  block.lanes, to, g.channels, past_caches);
         else
           collect_shares<A, kTo>(row_grads.data, row_scales.data, used, w, first_output, last_output, first, last,
-                                 block.vectors, block.lanes, shares.data, to, g.channels, streams);
+                                 block.vectors, block.lanes, shares.data, to, g.channels, past_caches);
       };
       if constexpr (kTo == Lanes::planes)
         collect(out.next(position, last - first));
@@ -979,7 +830,7 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
     });
   }
   out.flush();
-  end_streams();
+  if (past_caches) finish_stores_past_caches();
 }
 
 // Max pooling at fixed winners, for output pixels begin .. end-1 (N, C, *O in memory order): each reads its winner.

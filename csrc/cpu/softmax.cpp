@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "cpu/caches.h"
 #include "cpu/intrinsics.h"
 #include "cpu/scratch.h"
 
@@ -51,7 +52,7 @@ Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
     const T* x = data<T>(input);
     T* y = mutable_data<T>(output);
     using A = accumulate_t<T>;
-    const bool streaming = is_streamed<T>(output.numel());
+    const bool past_caches = elementwise_goes_past_caches<T>(output.numel());
     for_each_slice<A>(
         slices,
         [&](int64_t first, int64_t count, A* scratch) {
@@ -61,7 +62,7 @@ Tensor softmax_forward(const Tensor& input_any, int64_t dim) {
         [&](int64_t offset, int64_t first, int count, A* scratch) {
           const T* from = x + offset + (channels_last ? first * slices.classes : first);
           MANUAL_OPS_FOR_ISA(softmax_block<kLog>(from, y + offset + first, slices.classes, slices.inner, count, scratch,
-                                                 channels_last, streaming));
+                                                 channels_last, past_caches));
         });
   });
   return output;
@@ -79,7 +80,7 @@ Tensor softmax_input_grad(const Tensor& grad_output_any, const Tensor& output_an
     const T *g = data<T>(grad_output), *y = data<T>(output);
     T* x = mutable_data<T>(grad_input);
     using A = accumulate_t<T>;
-    const bool streaming = is_streamed<T>(grad_input.numel());
+    const bool past_caches = elementwise_goes_past_caches<T>(grad_input.numel());
     for_each_slice<A>(
         slices,
         [&](int64_t first, int64_t count, A* scratch) {
@@ -89,7 +90,7 @@ Tensor softmax_input_grad(const Tensor& grad_output_any, const Tensor& output_an
         [&](int64_t offset, int64_t first, int count, A* scratch) {
           const int64_t at = offset + first;
           MANUAL_OPS_FOR_ISA(softmax_input_grad_block<kLog>(g + at, y + at, x + at, slices.classes, slices.inner, count,
-                                                            scratch, streaming));
+                                                            scratch, past_caches));
         });
   });
   return grad_input;

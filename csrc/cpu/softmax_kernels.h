@@ -27,14 +27,14 @@ template <bool kLog, class A>
 // output = softmax of neighbouring slices, or, from the input's `rows`, of rows. `scratch` has room for two blocks.
 template <bool kLog, class T>
 void softmax_block(const T* input, T* output, int64_t classes, int64_t pitch, int count, accumulate_t<T>* scratch,
-                   bool rows, bool streaming) {
-  const StreamEnd end{streaming};
+                   bool rows, bool past_caches) {
   if (rows)
     rows_to_block(input, classes, count, scratch);
   else
     read_block(input, pitch, classes, count, scratch);
   softmax_in_block<kLog>(scratch, classes);
-  write_block(scratch, output, pitch, classes, count, streaming);
+  write_block(scratch, output, pitch, classes, count, past_caches);
+  if (past_caches) finish_stores_past_caches();
 }
 
 // The same for rows. `scratch` has room for two rows.
@@ -55,15 +55,15 @@ void softmax_rows(const T* input, T* output, int64_t rows, int64_t classes, accu
     const A* x = widened(input, classes, scratch);
     A* y = computed_at(output, scratch, false);
     const A maximum = row_maximum(x, classes);
-    vector_t<A> sums[kUnrolled] = {};
-    for_each_vector<A>(
+    vector_t<A> sums[kRowSums] = {};
+    for_each_vector<A, kRowSums>(
         classes, [&](int64_t c, auto lanes, int k) __attribute__((always_inline)) {
           prefetch(input + classes + c);  // the next row's
           const vector_t<A> power = vexp(load<A>(x + c, lanes, lowest) - maximum);
           sums[k] += power;
           if (!kLog) store<A>(y + c, power, lanes);
         });
-    const A sum = sum_of<A>(sums), factor = kLog ? vlog(sum) : A(1) / sum;
+    const A sum = sum_of_row<A>(sums), factor = kLog ? vlog(sum) : A(1) / sum;
     for_each_vector<A>(
         classes, [&](int64_t c, auto lanes, int) __attribute__((always_inline)) {
           if constexpr (kLog)
@@ -108,13 +108,13 @@ template <bool kLog, class A>
 
 template <bool kLog, class T>
 void softmax_input_grad_block(const T* grad_output, const T* output, T* grad_input, int64_t classes, int64_t pitch,
-                              int count, accumulate_t<T>* scratch, bool streaming) {
-  const StreamEnd end{streaming};
+                              int count, accumulate_t<T>* scratch, bool past_caches) {
   accumulate_t<T>* grads = scratch + classes * kBlock;
   read_block(grad_output, pitch, classes, count, grads);
   read_block(output, pitch, classes, count, scratch);
   softmax_input_grad_in_block<kLog>(grads, scratch, classes);
-  write_block(scratch, grad_input, pitch, classes, count, streaming);
+  write_block(scratch, grad_input, pitch, classes, count, past_caches);
+  if (past_caches) finish_stores_past_caches();
 }
 
 template <bool kLog, class T>
@@ -134,13 +134,13 @@ void softmax_input_grad_rows(const T* grad_output, const T* output, T* grad_inpu
   for (int64_t row = 0; row < rows; ++row, grad_output += classes, output += classes, grad_input += classes) {
     const A *g = widened(grad_output, classes, scratch + classes), *y = widened(output, classes, scratch);
     A* x = computed_at(grad_input, scratch, false);
-    vector_t<A> sums[kUnrolled] = {};
-    for_each_vector<A>(
+    vector_t<A> sums[kRowSums] = {};
+    for_each_vector<A, kRowSums>(
         classes, [&](int64_t c, auto lanes, int k) __attribute__((always_inline)) {
           const vector_t<A> grad = load<A>(g + c, lanes);
           sums[k] += kLog ? grad : grad * load<A>(y + c, lanes);
         });
-    const A sum = sum_of<A>(sums);
+    const A sum = sum_of_row<A>(sums);
     for_each_vector<A>(
         classes, [&](int64_t c, auto lanes, int) __attribute__((always_inline)) {
           prefetch(grad_output + classes + c);  // the next row's

@@ -11,6 +11,8 @@ constexpr int kShortClasses = 64;  // a row of up to so many classes is short
 // The lanes of a block are worked on in groups of four vectors, which leaves registers for three values of each lane.
 template <class A>
 constexpr int kGroup = kUnrolled* kLanes<A>;
+// A row is summed in so many vectors: 64 floats side by side on every instruction set, for the same accuracy on each.
+constexpr int kRowSums = 256 / kVectorBytes;
 
 // Slices whose classes are `pitch` apart. Lanes without a slice are zero.
 template <class A, class T>
@@ -27,8 +29,8 @@ static inline void read_block(const T* input, int64_t pitch, int64_t classes, in
   }
 }
 template <class A, class T>
-static inline void write_block(const A* block, T* output, int64_t pitch, int64_t classes, int count, bool streaming) {
-  for (int64_t c = 0; c < classes; ++c) deliver(block + c * kBlock, output + c * pitch, count, streaming);
+static inline void write_block(const A* block, T* output, int64_t pitch, int64_t classes, int count, bool past_caches) {
+  for (int64_t c = 0; c < classes; ++c) deliver(block + c * kBlock, output + c * pitch, count, past_caches);
 }
 
 // The same for rows.
@@ -92,10 +94,18 @@ template <class A>
       larger(larger(parts[0], parts[1]), larger(parts[2], parts[3])), [](auto a, auto b) { return larger(a, b); },
       std::make_integer_sequence<int, kLanes<A>>());
 }
+template <int kCount, class V>
+[[gnu::always_inline]] static inline V sum_of_vectors(const V* parts) {
+  if constexpr (kCount == 1)
+    return *parts;
+  else
+    return sum_of_vectors<kCount / 2>(parts) + sum_of_vectors<kCount / 2>(parts + kCount / 2);
+}
 template <class A>
-[[gnu::always_inline]] static inline A sum_of(const vector_t<A>* parts) {
-  return fold<A, kLanes<A> / 2>((parts[0] + parts[1]) + (parts[2] + parts[3]), [](auto a, auto b) { return a + b; },
-                                std::make_integer_sequence<int, kLanes<A>>());
+[[gnu::always_inline]] static inline A sum_of_row(const vector_t<A>* parts) {
+  return fold<A, kLanes<A> / 2>(
+      sum_of_vectors<kRowSums>(parts), [](auto a, auto b) { return a + b; },
+      std::make_integer_sequence<int, kLanes<A>>());
 }
 
 // The largest value; NaN is passed over, it comes back in the sum of exponentials. -infinity for no value.

@@ -1,6 +1,7 @@
 // Vectors of the instruction set's width, and the ways of values between memory and vectors: conversions from and to
-// the 16-bit types, transposes, and stores that pass the caches by. Included by kernel headers, once per instruction
-// set, hence no include guard; cpu/intrinsics.h comes before, outside.
+// narrower types, transposes, and stores past the caches. Included by kernel headers, once per instruction set, hence
+// no include guard; cpu/intrinsics.h comes before, outside.
+#include "cpu/past_caches.h"
 
 template <class A>
 struct VectorOf;
@@ -17,6 +18,10 @@ struct VectorOf<int32_t> {
   typedef int32_t type __attribute__((vector_size(kVectorBytes)));
 };
 template <>
+struct VectorOf<int64_t> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
 struct VectorOf<uint32_t> {
   typedef uint32_t type __attribute__((vector_size(kVectorBytes)));
 };
@@ -27,7 +32,7 @@ struct VectorOf<uint64_t> {
 template <class A>
 using vector_t = typename VectorOf<A>::type;
 template <class A>
-constexpr int kLanes = kVectorBytes / sizeof(A);
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 
 // So that vector_math.h's functions take vectors too.
 template <>
@@ -46,8 +51,8 @@ struct FloatFormat<vector_t<double>> : FloatFormat<double> {
   return (rounded & ~nan) | (nan & 0x7fc0);
 }
 
-// A vector's worth of T as A, and back. GCC takes loops over lanes that convert, and __builtin_convertvector, apart
-// into single elements; hence the instructions by name.
+// A vector's worth of T as A, and back: numbers that fit into T. GCC takes loops over lanes that convert, and
+// __builtin_convertvector, apart into single elements; hence the instructions by name.
 template <class A, class T>
 [[gnu::always_inline]] static inline vector_t<A> load_vector(const T* p) {
   typedef vector_t<A> Vector;
@@ -58,14 +63,17 @@ template <class A, class T>
   }
 #if defined(__x86_64__)
   constexpr bool k512 = sizeof(Vector) == 64 && sizeof(A) == 4, k256 = sizeof(Vector) == 32 && sizeof(A) == 4;
-  if constexpr (k512 && std::is_same_v<T, BFloat16>) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return reinterpret_cast<Vector>(_mm512_slli_epi32(wide, 16));
-  }
-  if constexpr (k256 && std::is_same_v<T, BFloat16>) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return reinterpret_cast<Vector>(_mm256_slli_epi32(wide, 16));
-  }
+  constexpr bool integer = std::is_same_v<A, int32_t>;
+  if constexpr (k512 && integer && std::is_same_v<T, uint8_t>)
+    return reinterpret_cast<Vector>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  if constexpr (k256 && integer && std::is_same_v<T, uint8_t>)
+    return reinterpret_cast<Vector>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  if constexpr (k512 && integer && std::is_same_v<T, uint16_t>)
+    return reinterpret_cast<Vector>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  if constexpr (k256 && integer && std::is_same_v<T, uint16_t>)
+    return reinterpret_cast<Vector>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  if constexpr ((k512 || k256) && std::is_same_v<T, BFloat16>)
+    return reinterpret_cast<Vector>(load_vector<int32_t>(reinterpret_cast<const uint16_t*>(p)) << 16);
   if constexpr (k512 && std::is_same_v<T, Half>)
     return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
   if constexpr (k256 && std::is_same_v<T, Half>)
@@ -86,14 +94,22 @@ template <class A, class T>
   }
 #if defined(__x86_64__)
   constexpr bool k512 = sizeof(vector) == 64 && sizeof(A) == 4, k256 = sizeof(vector) == 32 && sizeof(A) == 4;
-  if constexpr (k512 && std::is_same_v<T, BFloat16>)
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                               _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded_bfloat16(vector))));
-  if constexpr (k256 && std::is_same_v<T, BFloat16>) {
-    const __m256i wide = reinterpret_cast<__m256i>(rounded_bfloat16(vector));
-    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                            _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
-  }
+  constexpr bool integer = std::is_same_v<A, int32_t>;
+  // The low 16 bits of each of 8 numbers below 65536.
+  [[maybe_unused]] const auto pack_16 = [](auto numbers) {
+    const __m256i wide = reinterpret_cast<__m256i>(numbers);
+    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  };
+  if constexpr (k512 && integer && std::is_same_v<T, uint8_t>)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(vector)));
+  if constexpr (k256 && integer && std::is_same_v<T, uint8_t>)
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pack_16(vector), pack_16(vector)));
+  if constexpr (k512 && integer && std::is_same_v<T, uint16_t>)
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(vector)));
+  if constexpr (k256 && integer && std::is_same_v<T, uint16_t>)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), pack_16(vector));
+  if constexpr ((k512 || k256) && std::is_same_v<T, BFloat16>)
+    return store_vector<int32_t>(reinterpret_cast<uint16_t*>(p), rounded_bfloat16(vector));
   if constexpr (k512 && std::is_same_v<T, Half>)
     return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                                _mm512_cvtps_ph(reinterpret_cast<__m512>(vector), _MM_FROUND_TO_NEAREST_INT));
@@ -104,6 +120,16 @@ template <class A, class T>
   A values[kLanes<A>];
   __builtin_memcpy(values, &vector, sizeof(vector));
   for (int lane = 0; lane < kLanes<A>; ++lane) p[lane] = static_cast<T>(values[lane]);
+}
+
+// As T holds them.
+template <class T, class A>
+[[gnu::always_inline]] static inline vector_t<A> rounded_to(vector_t<A> vector) {
+  if constexpr (std::is_same_v<A, T>) return vector;
+  if constexpr (std::is_same_v<T, BFloat16>) return reinterpret_cast<vector_t<A>>(rounded_bfloat16(vector) << 16);
+  T narrow[kLanes<A>];
+  store_vector<A>(narrow, vector);
+  return load_vector<A>(narrow);
 }
 
 // The lanes of a vector that are in use: all of them, or the first few.
@@ -135,15 +161,15 @@ template <class A, class T>
   for (int lane = 0; lane < lanes.count; ++lane) p[lane] = static_cast<T>(values[lane]);
 }
 
-// body(at, lanes, k) for the vectors of `count` elements; k counts up to kUnrolled, for as many sums in registers.
+// body(at, lanes, k) for the vectors of `count` elements; k counts up to kTogether, for as many sums in registers.
 constexpr int kUnrolled = 4;
-template <class A, class Body>
+template <class A, int kTogether = kUnrolled, class Body>
 [[gnu::always_inline]] static inline void for_each_vector(int64_t count, const Body& body) {
   constexpr int L = kLanes<A>;
   int64_t at = 0;
-  for (; at + kUnrolled * L <= count; at += kUnrolled * L) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kUnrolled; ++k) body(at + k * L, AllLanes{}, k);
+  for (; at + kTogether * L <= count; at += kTogether * L) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kTogether; ++k) body(at + k * L, AllLanes{}, k);
   }
   for (; at + L <= count; at += L) body(at, AllLanes{}, 0);
   if (at < count) body(at, FirstLanes{static_cast<int>(count - at)}, 0);
@@ -153,37 +179,6 @@ template <class T>
 [[gnu::always_inline]] static inline void prefetch(const T* p) {
   __builtin_prefetch(p);
 }
-
-// Copies past the caches: whole lines are written without being read before.
-template <class T>
-static inline void stream(const T* from, T* to, int64_t count) {
-  int64_t i = 0;
-#if defined(__x86_64__)
-  constexpr int64_t step = kVectorBytes / sizeof(T);
-  const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T));
-  for (; i < head && i < count; ++i) to[i] = from[i];
-  for (; i + step <= count; i += step) {
-    if constexpr (kVectorBytes == 64)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-    else if constexpr (kVectorBytes == 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-    else
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-  }
-#endif
-  for (; i < count; ++i) to[i] = from[i];
-}
-
-// Other threads see what was streamed once this has gone out of scope.
-struct StreamEnd {
-  bool streaming;
-  ~StreamEnd() {
-#if defined(__x86_64__)
-    if (streaming) _mm_sfence();
-#endif
-  }
-};
 
 // Elements worked on at a time where they go through a buffer: 4 KiB of float, which stays in L1.
 constexpr int kChunk = 1024;
@@ -200,29 +195,30 @@ static inline const A* widened(const T* p, int64_t count, A* buffer) {
   }
 }
 
-// Where results are computed: in place, or in `buffer`, from which deliver() narrows or streams them.
+// Where results are computed: in place, or in `buffer`, from which deliver() narrows them or stores them past the
+// caches.
 template <class A, class T>
-static inline A* computed_at(T* out, A* buffer, bool streaming) {
+static inline A* computed_at(T* out, A* buffer, bool past_caches) {
   if constexpr (std::is_same_v<A, T>)
-    if (!streaming) return out;
+    if (!past_caches) return out;
   return buffer;
 }
 template <class A, class T>
-static inline void deliver(const A* values, T* out, int64_t count, bool streaming) {
+static inline void deliver(const A* values, T* out, int64_t count, bool past_caches) {
   if constexpr (std::is_same_v<A, T>) {
-    if (streaming) return stream(values, out, count);
+    if (past_caches) return copy_past_caches(values, out, count);
     if (values == out) return;
   }
   const auto narrow = [](const A* from, T* to, int64_t elements) {
     for_each_vector<A>(elements,
                        [=](int64_t at, auto lanes, int) { store<A>(to + at, load<A>(from + at, lanes), lanes); });
   };
-  if (!streaming) return narrow(values, out, count);
+  if (!past_caches) return narrow(values, out, count);
   T chunk[kChunk];
   for (int64_t first = 0; first < count; first += kChunk) {
     const int64_t elements = count - first < kChunk ? count - first : kChunk;
     narrow(values + first, chunk, elements);
-    stream(chunk, out + first, elements);
+    copy_past_caches(chunk, out + first, elements);
   }
 }
 

@@ -159,7 +159,7 @@ void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool chann
   if constexpr (std::is_same_v<T, A>) {
     if (in_place<T>(plan, channels_last, lanes)) {
       const bool past_caches =
-          write_past_caches(destination, plan.batch * plan.destination.image * sizeof(A), plan.groups * sizeof(A));
+          goes_past_caches(destination, plan.batch * plan.destination.image * sizeof(A), plan.groups * sizeof(A));
       parallel_for(plan.batch * plan.axis[0].destination * height.destination,
                    width.destination * plan.groups * taps / 8, [&](int64_t begin, int64_t end) {
                      std::vector<DepthwiseTap> list(taps);
