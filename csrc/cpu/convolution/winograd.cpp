@@ -3,6 +3,9 @@
 // Each pass takes both of its operands to 36 points, multiplies there, and takes the products back. Where a result is
 // not finite, because an operand is not or because a value at a point has no place in the type, it is made again
 // directly: so an infinity meets the outputs that a direct convolution gives it, and no others.
+//
+// Scratch memory: up to kWeightBytes for the weight at its points, and in each thread what a block of patches takes, no
+// more than that or than kLeastPatches patches.
 #include "cpu/convolution/winograd.h"
 
 #include <utility>
@@ -20,7 +23,7 @@ namespace {
 // The least channels on either side for which the fewer products pay for the way to the points and back.
 constexpr int64_t kLeastWinogradChannels = 16;
 // The same of the patches, since each call takes the weight there, and of the pixels of a patch that exist.
-constexpr int64_t kLeastWinogradPatches = 24, kLeastPatchPixels = 8;
+constexpr int64_t kLeastWinogradPatches = 12, kLeastPatchPixels = 8;
 // A weight at its points is four times as large as in memory. So many bytes of it exist at a time.
 constexpr int64_t kWeightBytes = 16 << 20;
 // What a block's patches take at their points: as much as the weight, which each block reads once, and at least this.
@@ -41,26 +44,25 @@ int64_t count_patches(const Gather& plan) {
 // The patches of a convolution in blocks of one depth, of at most `most` patches where a strip has no more.
 struct PatchBlocks {
   Patches patches;
-  int64_t per_depth, largest;  // blocks of one depth, patches of the largest
-  int64_t most_strips;
+  int64_t per_depth;             // blocks
+  int64_t most_strips, largest;  // strips and patches of the largest block
 
   PatchBlocks(const Gather& plan, int64_t most) {
     patches.rows = ceil_div(plan.axis[1].destination, kPatch);
     patches.columns = ceil_div(plan.axis[2].destination, kPatch);
     patches.parts = ceil_div(patches.columns, most);
     patches.strips = plan.batch * patches.parts * patches.rows;
-    const int64_t widest = ceil_div(patches.columns, patches.parts);
-    per_depth = ceil_div(patches.strips, std::max<int64_t>(1, most / widest));
+    patches.widest = ceil_div(patches.columns, patches.parts);
+    per_depth = ceil_div(patches.strips, std::max<int64_t>(1, most / patches.widest));
     most_strips = ceil_div(patches.strips, per_depth);
-    largest = most_strips * widest;
+    largest = most_strips * patches.widest;
   }
   Range strips(int64_t block) const {
     return {patches.strips * block / per_depth, patches.strips * (block + 1) / per_depth};
   }
   // Pixels of the largest stack, with `around` more on each axis.
   int64_t pixels(int64_t around) const {
-    const int64_t widest = ceil_div(patches.columns, patches.parts);
-    return (std::min(patches.rows, most_strips) * kPatch + around) * (widest * kPatch + around);
+    return (std::min(patches.rows, most_strips) * kPatch + around) * (patches.widest * kPatch + around);
   }
 };
 
