@@ -56,7 +56,7 @@ def _(op: Any, batch_size: int, in_dims: Any, input: Tensor, weight: Tensor, bia
         return (sums if biases is None else sums + biases.unsqueeze(1)), 0
     signal = inputs.mT.flatten(0, 1).unsqueeze(0)  # (1, B * I, N)
     window = weights.flatten(0, 1).unsqueeze(2)  # (B * F, I, 1)
-    options = [inputs.shape[1]], [1], [0], [1], batch_size
+    options = [inputs.shape[1]], [1], [0], [1], batch_size, False
     output = conv_forward(
         signal, window, None if biases is None else biases.flatten(), *options, backend=backend_of(op)
     )  # (1, B * F, N)
