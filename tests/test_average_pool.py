@@ -323,3 +323,15 @@ def test_native_kernels_refuse_what_they_cannot_read():
         ops.average_pool.native(torch.randn(2, 3, 8, 8), [4, 4], [2], [2], [0], True, 0, False)
     with pytest.raises(RuntimeError, match="out of range"):
         ops.average_pool.native(torch.randn(2, 3, 8), [4], [2], [0], [0], True, 0, False)
+
+
+@pytest.mark.parametrize(("width", "output_size"), [(1200, 2), (4096, 7), (1100, 1)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_rows_that_are_taken_in_several_pieces(width, output_size, channels_last, backend):
+    """Neighbouring pieces of a row may begin in one window and reach different numbers of them."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 16, 2, width, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    output, expected = (pool(x, (2, output_size)) for pool in (ops.adaptive_avg_pool2d, F.adaptive_avg_pool2d))
+    torch.testing.assert_close(output, expected)
+    grad = torch.randn_like(output)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (output, expected)))

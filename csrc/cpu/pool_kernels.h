@@ -468,19 +468,21 @@ struct Divisors {
   const bool reciprocal;
   const int64_t columns;
   Buffer<A> data;
-  Buffer<int64_t> rows, first;
+  Buffer<int64_t> rows, first, count;
 
   Divisors(const PoolGeometry& g, bool reciprocal, int64_t slots, int64_t columns)
-      : g(g), reciprocal(reciprocal), columns(columns), data(slots * columns), rows(slots), first(slots) {
-    for (int64_t slot = 0; slot < slots; ++slot) rows.data[slot] = first.data[slot] = -1;
+      : g(g), reciprocal(reciprocal), columns(columns), data(slots * columns), rows(slots), first(slots), count(slots) {
+    for (int64_t slot = 0; slot < slots; ++slot) rows.data[slot] = first.data[slot] = count.data[slot] = -1;
   }
 
   // `rows_divisor` is the product over D and H.
   const A* of(int64_t slot, int64_t rows_divisor, int64_t first_column, int64_t used_columns) {
     A* row = data.data + slot * columns;
-    if (rows_divisor == rows.data[slot] && first_column == first.data[slot]) return row;
+    const bool known = first_column == first.data[slot] && used_columns <= count.data[slot];
+    if (known && rows_divisor == rows.data[slot]) return row;
     rows.data[slot] = rows_divisor;
     first.data[slot] = first_column;
+    count.data[slot] = used_columns;
     for (int64_t o = 0; o < used_columns; ++o) {
       const A divisor = g.divisor_override != 0
                             ? static_cast<A>(g.divisor_override)

@@ -156,10 +156,15 @@ def conv_weight_grad(grad_output, input, kernel_size, stride, padding, dilation,
 # a batch of both into the groups.
 
 
+def _with_fast(options):
+    """All five options: one that has its default, as `fast`, is left out on the way to a batch rule."""
+    return (*options, False)[:5]
+
+
 def _fold_convolution(op, batch_size, in_dims, moving, weight, bias, size, options):
     """conv_forward and conv_input_grad: `moving` is (N, channels, ...); only the weight's other channel differs."""
     moving_dim, weight_dim, bias_dim = in_dims[:3]
-    *window, groups, fast = options
+    *window, groups, fast = _with_fast(options)
     out_channel_of_weight = 0 if op in (conv_forward.native, conv_forward.python) else 1
     if weight_dim is None and moving_dim is not None:
         output = unfold(op(fold(moving, moving_dim, batch_size), weight, None, size, *window, groups, fast), batch_size)
@@ -191,7 +196,7 @@ def _(op, batch_size, in_dims, grad_output, weight, bias, input_size, *options):
 @conv_weight_grad.batch_rule
 def _(op, batch_size, in_dims, grad_output, input, kernel_size, *options):
     grad_dim, input_dim = in_dims[:2]
-    *window, groups, fast = options
+    *window, groups, fast = _with_fast(options)
     if input_dim is None:
         folded = fold(grad_output, grad_dim, batch_size, 1, groups)
         return unfold(op(folded, input, kernel_size, *window, groups, fast), batch_size, 0, groups), 0
