@@ -145,10 +145,11 @@ inline V gated(V g, V x, U mean, U scale, U bias) {
   return y <= V{} ? V{} : g;
 }
 
-template <bool kRelu, class T, class V>
+// Before y is rounded: what the tensor's dtype would round to zero is stored as zero either way.
+template <bool kRelu, class V>
 inline V relu_of(V y) {
   if constexpr (!kRelu) return y;
-  return rounded<T>(y) <= V{} ? V{} : y;
+  return y <= V{} ? V{} : y;
 }
 
 // The two sums that term(count, offset, first, second) adds to, over all values of one channel. fetch(offset) announces
@@ -226,7 +227,7 @@ inline void apply_to_plane(const T* input, const T* residual, T* output, int64_t
   for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
     auto y = normalised(values<count()>(input + i), mean, scale, bias);
     if constexpr (kResidual) y += values<count()>(residual + i);
-    store_values<count()>(relu_of<kRelu, T>(y), output + i, past_caches);
+    store_values<count()>(relu_of<kRelu>(y), output + i, past_caches);
   });
 }
 
@@ -238,7 +239,7 @@ void apply_plane(const T* input, const T* residual, T* output, uint8_t* mask, in
     pack_plane<accumulate_t<T>>(mask, pixels, [=](auto count, int64_t i) {
       const auto y =
           rounded<T>(normalised(values<count()>(input + i), mean, scale, bias) + values<count()>(residual + i));
-      store_values<count()>(relu_of<true, T>(y), output + i, past_caches);
+      store_values<count()>(relu_of<true>(y), output + i, past_caches);
       return y;
     });
   } else if (residual != nullptr) {
@@ -353,7 +354,7 @@ inline void apply_to_rows(const T* input, const T* residual, T* output, int64_t 
       auto y = normalised(values<count()>(input + i), values<count()>(mean + c), values<count()>(scale + c),
                           values<count()>(bias + c));
       if constexpr (kResidual) y += values<count()>(residual + i);
-      store_values<count()>(relu_of<kRelu, T>(y), output + i, past_caches);
+      store_values<count()>(relu_of<kRelu>(y), output + i, past_caches);
     });
 }
 
@@ -367,7 +368,7 @@ void apply_rows(const T* input, const T* residual, T* output, uint8_t* mask, int
       const auto y = rounded<T>(normalised(values<count()>(input + i), values<count()>(mean + c),
                                            values<count()>(scale + c), values<count()>(bias + c)) +
                                 values<count()>(residual + i));
-      store_values<count()>(relu_of<true, T>(y), output + i, past_caches);
+      store_values<count()>(relu_of<true>(y), output + i, past_caches);
       return y;
     });
   } else if (residual != nullptr) {

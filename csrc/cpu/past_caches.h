@@ -1,17 +1,16 @@
 // Stores past the caches; finish_stores_past_caches() comes after them. caches.h says when. Included once per
-// instruction set (each_isa.h), hence no include guard.
+// instruction set (each_isa.h), hence no include guard; cpu/intrinsics.h comes before, outside.
 
 // `to` is aligned to a vector.
 template <class V>
 [[gnu::always_inline]] static inline void store_past_caches(V vector, void* to) {
 #if defined(__x86_64__)
-  typedef char Bytes __attribute__((vector_size(kVectorBytes)));  // may be of any type
   if constexpr (kVectorBytes == 64)
-    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<Bytes*>(to)) : "v"(vector));
+    _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(vector));
   else if constexpr (kVectorBytes == 32)
-    asm volatile("vmovntps %1, %0" : "=m"(*static_cast<Bytes*>(to)) : "x"(vector));
+    _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(vector));
   else
-    asm volatile("movntps %1, %0" : "=m"(*static_cast<Bytes*>(to)) : "x"(vector));
+    _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(vector));
 #else
   __builtin_memcpy(to, &vector, sizeof(vector));
 #endif

@@ -3,6 +3,7 @@
 
 #include "cpu/caches.h"
 #include "cpu/convolution/convolution.h"
+#include "cpu/intrinsics.h"
 #include "cpu/scratch.h"
 
 namespace manual_ops {
