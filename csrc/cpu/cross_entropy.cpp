@@ -19,8 +19,8 @@ namespace manual_ops {
 namespace {
 
 // Rows of classes that are contiguous (a matrix, channels_last) are cut into blocks of about this many logits: enough
-// to pay for the call, few enough to share 128 rows of 1000 among threads.
-constexpr int64_t kLogitsPerBlock = 8192;
+// to pay for the call, few enough to share 128 rows of 1000 among threads. And of this many rows at most.
+constexpr int64_t kLogitsPerBlock = 8192, kRowsPerBlock = 256;
 
 // The rows as blocks. A block lies within one sample and, where classes are `pitch` > 1 apart, within one image. The
 // cut depends on the shape alone, and sums add up block by block, so that the number of threads does not show in the
@@ -33,11 +33,11 @@ struct RowBlocks : Rows {
     int64_t count;
   };
 
-  RowBlocks(const Sizes& sizes, const Sizes& sample_shape, bool channels_last)
+  RowBlocks(const Sizes& sizes, const Sizes& sample_shape, bool channels_last, int64_t logits_per_block = kLogitsPerBlock)
       : Rows(sizes, sample_shape, channels_last) {
     groups = strided ? images : samples;  // blocks do not cross from one group into the next
     group_rows = groups == 0 ? 0 : rows / groups;
-    block_rows = strided ? plain::kBlock : std::clamp<int64_t>(kLogitsPerBlock / std::max<int64_t>(1, classes), 1, 256);
+    block_rows = strided ? plain::kBlock : std::clamp<int64_t>(logits_per_block / std::max<int64_t>(1, classes), 1, kRowsPerBlock);
     group_blocks = (group_rows + block_rows - 1) / block_rows;
   }
 
@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(const Tensor& input_any
                                      ignore_index};
         const auto* t = static_cast<const std::conditional_t<indexed, int64_t, T>*>(target.const_data_ptr()) +
                         (indexed ? block.row : block.offset);
-        A row_loss[256];
+        A row_loss[kRowsPerBlock];
         if (rows.strided) {
           MANUAL_OPS_FOR_ISA(cross_entropy_block<kTarget>(data<T>(input) + block.offset, t, w, smoothing, rows.classes,
                                                           rows.pitch, static_cast<int>(block.count), row_loss,
@@ -307,7 +307,7 @@ Tensor cross_entropy_input_grad(const Tensor& grad_output, const Tensor& input_a
                                      ignore_index};
         const auto* t = static_cast<const std::conditional_t<indexed, int64_t, T>*>(target.const_data_ptr()) +
                         (indexed ? block.row : block.offset);
-        A row_grad[256];
+        A row_grad[kRowsPerBlock];
         row_grads.of(block, row_grad);
         T* out = mutable_data<T>(grad_input) + block.offset;
         if (rows.strided) {
@@ -332,7 +332,8 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
   STD_TORCH_CHECK(!is_distribution(target_any), "nll_loss: target must hold int64 indices");
   const CrossEntropyOperands operands(input_any, target_any);
   const Tensor &input = operands.input, &target = operands.target;
-  const RowBlocks rows(sizes_of(input), samples, operands.channels_last);
+  // One logit of a row is read: blocks of as many rows as there may be.
+  const RowBlocks rows(sizes_of(input), samples, operands.channels_last, kRowsPerBlock * input.size(1));
   check_rows(target, rows);
   const CrossEntropyResults made(input, reduction, samples);
   for_floating_dtype(input.scalar_type(), "nll_loss", [&](auto scalar) {
@@ -346,7 +347,7 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       const T* x = data<T>(input) + block.offset;
-      A row_loss[256];
+      A row_loss[kRowsPerBlock];
       for (int64_t i = 0; i < block.count; ++i) {
         const int64_t t = data<int64_t>(target)[block.row + i];
         row_loss[i] = t == ignore_index ? A(0) : -w[t] * static_cast<A>(x[i * between_rows + t * rows.pitch]);
@@ -366,7 +367,8 @@ Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, 
   const Tensor target = as_contiguous(target_any);
   Sizes sizes = sizes_of(target);
   sizes.insert(sizes.begin() + 1, classes);
-  const RowBlocks rows(sizes, samples, false);
+  // Blocks of 128 KiB of float32, for memset: it writes long runs without reading them first.
+  const RowBlocks rows(sizes, samples, false, 4 * kLogitsPerBlock);
   const Tensor grad_input = new_tensor(sizes, grad_output.scalar_type(), grad_output);
   for_floating_dtype(grad_output.scalar_type(), "nll_loss", [&](auto scalar) {
     using T = decltype(scalar);
@@ -379,12 +381,12 @@ Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, 
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       T* out = mutable_data<T>(grad_input) + block.offset;
-      A row_grad[256];
+      A row_grad[kRowsPerBlock];
       row_grads.of(block, row_grad);
       if (rows.strided) {
-        for (int64_t c = 0; c < classes; ++c) std::fill_n(out + c * rows.pitch, block.count, T(0));
+        for (int64_t c = 0; c < classes; ++c) std::memset(out + c * rows.pitch, 0, block.count * sizeof(T));
       } else {
-        std::fill_n(out, block.count * classes, T(0));
+        std::memset(out, 0, block.count * classes * sizeof(T));
       }
       for (int64_t i = 0; i < block.count; ++i) {
         const int64_t t = data<int64_t>(target)[block.row + i];
