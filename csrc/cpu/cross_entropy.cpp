@@ -33,11 +33,13 @@ struct RowBlocks : Rows {
     int64_t count;
   };
 
-  RowBlocks(const Sizes& sizes, const Sizes& sample_shape, bool channels_last, int64_t logits_per_block = kLogitsPerBlock)
+  RowBlocks(const Sizes& sizes, const Sizes& sample_shape, bool channels_last,
+            int64_t logits_per_block = kLogitsPerBlock)
       : Rows(sizes, sample_shape, channels_last) {
     groups = strided ? images : samples;  // blocks do not cross from one group into the next
     group_rows = groups == 0 ? 0 : rows / groups;
-    block_rows = strided ? plain::kBlock : std::clamp<int64_t>(logits_per_block / std::max<int64_t>(1, classes), 1, kRowsPerBlock);
+    block_rows = strided ? plain::kBlock
+                         : std::clamp<int64_t>(logits_per_block / std::max<int64_t>(1, classes), 1, kRowsPerBlock);
     group_blocks = (group_rows + block_rows - 1) / block_rows;
   }
 
