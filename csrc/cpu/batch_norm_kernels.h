@@ -37,6 +37,15 @@ inline void store_values(V result, T* to, bool past_caches) {
   store_values<kCount>(result, to);
 }
 
+// What is read next but one page: the processor's own prefetching ends with a page. A pass over 13 or 26 MB of
+// gradients and inputs takes 0.45 to 0.75 times as long.
+template <class T>
+constexpr int64_t kFarAhead = 8192 / sizeof(T);
+template <class T>
+inline void prefetch_far(const T* p, int64_t ahead = kFarAhead<T>) {
+  __builtin_prefetch(p + ahead, 0, 2);
+}
+
 // body(count, i) over all i, in vectors, the last of which may overlap the one before it.
 template <class A, class Body>
 inline void for_values(int64_t count, const Body& body) {
@@ -172,13 +181,14 @@ struct ChannelSums {
     rest_a = rest_b = 0, since_flush = 0;
   }
 
-  // Adds `span` values, from `start` on.
-  template <class Term>
-  [[gnu::always_inline]] void add(int64_t span, int64_t start, const Term& term) {
-    constexpr int kWidth = kLanes<A>;
+  // Adds `span` values, from `start` on; ahead(i) is called for each line of them, early.
+  template <class Term, class Ahead>
+  [[gnu::always_inline]] void add(int64_t span, int64_t start, const Term& term, const Ahead& ahead) {
+    constexpr int kWidth = kLanes<A>, kLine = 64 / sizeof(A);
     constexpr std::integral_constant<int, kWidth> kVector;
     int64_t i = 0;
     for (; i + 2 * kWidth <= span; i += 2 * kWidth) {
+      for (int64_t line = i; line < i + 2 * kWidth; line += kLine) ahead(line);
       term(kVector, start + i, a[0], b[0]);
       term(kVector, start + i + kWidth, a[1], b[1]);
     }
@@ -193,21 +203,23 @@ struct ChannelSums {
 };
 
 // first[c] and second[c]: the two sums that term(c) makes a term for, which adds to them as term(count, offset, first,
-// second), over all values of `channels` neighbouring channels. fetch(offset) announces what is read soon: planes that
-// are small and far apart are over before the memory has seen where it goes.
+// second), over all values of `channels` neighbouring channels. fetch(offset) announces what is read soon, across the
+// gaps between images.
 template <class A, class Term, class Fetch>
 inline void plane_sums(int64_t batch, int64_t channels, int64_t pitch, int64_t pixels, double* first, double* second,
                        const Term& term, const Fetch& fetch) {
-  constexpr int64_t kAhead = 512, kLine = 64 / sizeof(A);  // values
-  const int64_t run = channels * pixels, runs_ahead = 1 + kAhead / (run + 1);
+  const int64_t run = channels * pixels, runs_ahead = kFarAhead<A> / (run + 1), rest_ahead = kFarAhead<A> % (run + 1);
   ChannelSums<A> sums[kChannelsTogether];
   for (int64_t n = 0; n < batch; ++n) {
-    if (n + runs_ahead < batch)
-      for (int64_t i = 0; i < run && i < kAhead; i += kLine) fetch((n + runs_ahead) * pitch + i);
     for (int64_t c = 0; c < channels; ++c) {
       ChannelSums<A> of_channel = sums[c];  // in registers
-      for (int64_t begin = 0; begin < pixels; begin += kFlush)
-        of_channel.add(begin + kFlush < pixels ? kFlush : pixels - begin, n * pitch + c * pixels + begin, term(c));
+      for (int64_t begin = 0; begin < pixels; begin += kFlush) {
+        const int64_t at = c * pixels + begin;
+        of_channel.add(begin + kFlush < pixels ? kFlush : pixels - begin, n * pitch + at, term(c), [=](int64_t i) {
+          const int64_t then = at + i + rest_ahead;
+          fetch(then < run ? (n + runs_ahead) * pitch + then : (n + runs_ahead + 1) * pitch + then - run);
+        });
+      }
       sums[c] = of_channel;
     }
   }
@@ -246,7 +258,7 @@ void statistics_planes(const T* input, int64_t batch, int64_t channels, int64_t 
     };
   };
   plane_sums<accumulate_t<T>>(batch, channels, pitch, pixels, sum, square, term,
-                              [=](int64_t i) { __builtin_prefetch(input + i); });
+                              [=](int64_t i) { prefetch_far(input + i, 0); });
 }
 
 template <bool kRelu, bool kResidual, class T>
@@ -257,8 +269,12 @@ inline void apply_to_planes(const T* input, const T* residual, T* output, int64_
     const auto mean = means[c], scale = scales[c], bias = biases[c];
     for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
       i += c * pixels;
+      prefetch_far(input + i);
       auto y = normalised(values<count()>(input + i), mean, scale, bias);
-      if constexpr (kResidual) y += values<count()>(residual + i);
+      if constexpr (kResidual) {
+        prefetch_far(residual + i);
+        y += values<count()>(residual + i);
+      }
       store_values<count()>(relu_of<kRelu>(y), output + i, past_caches);
     });
   }
@@ -275,6 +291,8 @@ void apply_planes(const T* input, const T* residual, T* output, uint8_t* mask, i
       const auto mean = means[c], scale = scales[c], bias = biases[c];
       pack_plane<accumulate_t<T>>(mask + c * ((pixels + 7) / 8), pixels, [=](auto count, int64_t i) {
         i += c * pixels;
+        prefetch_far(input + i);
+        prefetch_far(residual + i);
         const auto y =
             rounded<T>(normalised(values<count()>(input + i), mean, scale, bias) + values<count()>(residual + i));
         store_values<count()>(relu_of<true>(y), output + i, past_caches);
@@ -312,6 +330,7 @@ void masked_planes(const T* grad_output, const uint8_t* mask, T* output, int64_t
   for (int64_t plane = 0; plane < planes; ++plane) {
     int64_t i = 0;
     for (; i + kLanes<A> <= pixels; i += kLanes<A>) {
+      prefetch_far(grad_output + i);
       int bits = mask[i / 8] >> i % 8;  // lane 0's is the lowest
       if constexpr (sizeof(vector_t<A>) > 8 * sizeof(A)) bits |= mask[i / 8 + 1] << 8;
       store_values<kLanes<A>>(((bits - Bits{}) & bit) == 0 ? vector_t<A>{} : load_vector<A>(grad_output + i),
@@ -329,6 +348,7 @@ void scale_planes(const T* input, T* output, int64_t channels, int64_t pixels, c
     const auto scale = scales[c];
     for_values<accumulate_t<T>>(pixels, [=](auto count, int64_t i) {
       i += c * pixels;
+      prefetch_far(input + i);
       store_values<count()>(values<count()>(input + i) * scale, output + i, past_caches);
     });
   }
@@ -349,8 +369,8 @@ void sums_planes(const T* grad_output, const T* input, int64_t batch, int64_t ch
     };
   };
   plane_sums<accumulate_t<T>>(batch, channels, pitch, pixels, sum, dot, term, [=](int64_t i) {
-    __builtin_prefetch(input + i);
-    __builtin_prefetch(grad_output + i);
+    prefetch_far(input + i, 0);
+    prefetch_far(grad_output + i, 0);
   });
 }
 
@@ -373,18 +393,29 @@ void input_grad_planes(const T* grad_output, const T* input, T* grad_input, int6
 
 // The same over rows, `pitch` apart; per channel numbers are arrays.
 
+// How far ahead to prefetch in rows: where they follow each other.
+template <class T>
+inline int64_t ahead_in_rows(int64_t channels, int64_t pitch) {
+  return pitch == channels ? kFarAhead<T> : 0;
+}
+
 // first[c] = sum over rows of term(count, row, c), second[c] of its second part. A few rows at a time, so that the sums
-// wait in memory less often; fetch(row, c) announces the next few.
+// wait in memory less often; fetch(offset) announces, in the order of memory where rows follow each other, the next
+// few.
 template <class A, class Term, class Fetch>
-inline void column_sums(int64_t rows, int64_t channels, A* first, A* second, const Term& term, const Fetch& fetch) {
+inline void column_sums(int64_t rows, int64_t channels, int64_t pitch, A* first, A* second, const Term& term,
+                        const Fetch& fetch) {
   constexpr int64_t kTogether = 4;
   const int64_t vectors = channels / kLanes<A> * kLanes<A>;
+  const bool dense = pitch == channels;
   for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
   const auto add_rows = [&](auto together, int64_t row) {
+    const int64_t next = (row + together()) * pitch;
     const auto add = [&](auto count, int64_t c) {
       auto a = values<count()>(first + c), b = values<count()>(second + c);
       for (int k = 0; k < together(); ++k) {
-        if constexpr (count() > 1) fetch(row + together() + k, c);
+        if constexpr (count() > 1)
+          fetch(next + (dense ? together() * c + k * kLanes<A> + kFarAhead<A> / 2 : k * pitch + c));
         term(count, row + k, c, a, b);
       }
       store_values<count()>(a, first + c);
@@ -404,7 +435,8 @@ template <class A>
 void add_pixels(const A* planes, int64_t channels, int64_t pixels, double* totals) {
   for (int64_t c = 0; c < channels; ++c) {
     ChannelSums<A> sums;
-    sums.add(pixels, c * pixels, [=](auto count, int64_t i, auto& sum, auto&) { sum += values<count()>(planes + i); });
+    const auto term = [=](auto count, int64_t i, auto& sum, auto&) { sum += values<count()>(planes + i); };
+    sums.add(pixels, c * pixels, term, [](int64_t) {});
     sums.flush();
     totals[c] += sums.total_a;
   }
@@ -418,20 +450,24 @@ void statistics_rows(const T* input, int64_t rows, int64_t channels, int64_t pit
     s += d;
     q += d * d;
   };
-  column_sums(rows, channels, sum, square, term,
-              [=](int64_t row, int64_t c) { __builtin_prefetch(input + row * pitch + c); });
+  column_sums(rows, channels, pitch, sum, square, term, [=](int64_t i) { prefetch_far(input + i, 0); });
 }
 
 template <bool kRelu, bool kResidual, class T>
 inline void apply_to_rows(const T* input, const T* residual, T* output, int64_t rows, int64_t channels, int64_t pitch,
                           const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
                           bool past_caches) {
+  const int64_t ahead = ahead_in_rows<T>(channels, pitch);
   for (int64_t row = 0; row < rows; ++row)
     for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * pitch + c;
+      prefetch_far(input + i, ahead);
       auto y = normalised(values<count()>(input + i), values<count()>(mean + c), values<count()>(scale + c),
                           values<count()>(bias + c));
-      if constexpr (kResidual) y += values<count()>(residual + i);
+      if constexpr (kResidual) {
+        prefetch_far(residual + i, ahead);
+        y += values<count()>(residual + i);
+      }
       store_values<count()>(relu_of<kRelu>(y), output + i, past_caches);
     });
 }
@@ -440,9 +476,12 @@ template <class T>
 void apply_rows(const T* input, const T* residual, T* output, uint8_t* mask, int64_t rows, int64_t channels,
                 int64_t pitch, const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
                 bool relu, bool past_caches) {
+  const int64_t ahead = ahead_in_rows<T>(channels, pitch);
   if (mask != nullptr) {
     pack_rows<accumulate_t<T>>(mask, rows, channels, [=](auto count, int64_t row, int64_t c) {
       const int64_t i = row * pitch + c;
+      prefetch_far(input + i, ahead);
+      prefetch_far(residual + i, ahead);
       const auto y = rounded<T>(normalised(values<count()>(input + i), values<count()>(mean + c),
                                            values<count()>(scale + c), values<count()>(bias + c)) +
                                 values<count()>(residual + i));
@@ -474,6 +513,7 @@ void masked_rows(const T* grad_output, const uint8_t* mask, T* output, int64_t r
   for (int64_t row = 0; row < rows; ++row)
     for_values<A>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
+      prefetch_far(grad_output + i);
       if constexpr (count() == 1) {
         output[i] = mask[c] >> row & 1 ? grad_output[i] : T(0);
       } else {
@@ -493,6 +533,7 @@ void scale_rows(const T* input, T* output, int64_t rows, int64_t channels, const
   for (int64_t row = 0; row < rows; ++row)
     for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * channels + c;
+      prefetch_far(input + i);
       store_values<count()>(values<count()>(input + i) * values<count()>(scale + c), output + i, past_caches);
     });
 }
@@ -508,9 +549,9 @@ void sums_rows(const T* grad_output, const T* input, int64_t rows, int64_t chann
     s += g;
     d += g * (x - m);
   };
-  column_sums(rows, channels, sum, dot, term, [=](int64_t row, int64_t c) {
-    __builtin_prefetch(input + row * pitch + c);
-    __builtin_prefetch(grad_output + row * pitch + c);
+  column_sums(rows, channels, pitch, sum, dot, term, [=](int64_t i) {
+    prefetch_far(input + i, 0);
+    prefetch_far(grad_output + i, 0);
   });
 }
 
@@ -518,9 +559,12 @@ template <bool kRelu, class T>
 void input_grad_rows(const T* grad_output, const T* input, T* grad_input, int64_t rows, int64_t channels, int64_t pitch,
                      const accumulate_t<T>* mean, const accumulate_t<T>* scale, const accumulate_t<T>* bias,
                      const accumulate_t<T>* mean_grad, const accumulate_t<T>* by_input, bool past_caches) {
+  const int64_t ahead = ahead_in_rows<T>(channels, pitch);
   for (int64_t row = 0; row < rows; ++row)
     for_values<accumulate_t<T>>(channels, [=](auto count, int64_t c) {
       const int64_t i = row * pitch + c;
+      prefetch_far(input + i, ahead);
+      prefetch_far(grad_output + i, ahead);
       const auto x = values<count()>(input + i), m = values<count()>(mean + c), s = values<count()>(scale + c);
       const auto g = gated<kRelu, T>(values<count()>(grad_output + i), x, m, s, values<count()>(bias + c));
       store_values<count()>(s * ((g - values<count()>(mean_grad + c)) + (x - m) * values<count()>(by_input + c)),
