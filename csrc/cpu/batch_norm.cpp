@@ -524,7 +524,7 @@ Tensor channel_scale(const Tensor& input_any, const Tensor& scale) {
     const Affine<accumulate_t<T>> affine(layout.channels, scale, std::nullopt, 0);
     const T* x = data<T>(input);
     T* y = mutable_data<T>(output);
-    const bool past_caches = layout.past_caches(y, 2);
+    const bool past_caches = layout.past_caches(y, 3);  // with the input of the layer, which is read next
     if (layout.is_rows) {
       layout.for_blocks(kRowsPerBlock, [&](int64_t offset, int64_t rows, int64_t) {
         MANUAL_OPS_FOR_ISA(scale_rows(x + offset, y + offset, rows, layout.channels, affine.scale.data(), past_caches));

@@ -118,12 +118,14 @@ struct ClassWeight {
   ClassWeight(const std::optional<Tensor>& weight_any, const RowBlocks& rows) : classes(rows.classes) {
     if (!weight_any.has_value()) {
       values.assign(classes, A(1));
-    } else {
-      const Tensor weight = as_contiguous(*weight_any);
-      check_class_weight(weight, rows);
-      values.resize(weight.numel());
-      for (size_t at = 0; at < values.size(); ++at) values[at] = static_cast<A>(data<T>(weight)[at]);
+      sums.push_back(static_cast<A>(classes));
+      return;
     }
+    const Tensor weight = as_contiguous(*weight_any);
+    check_class_weight(weight, rows);
+    values.resize(weight.numel());
+    const T* given = data<T>(weight);
+    for (size_t at = 0; at < values.size(); ++at) values[at] = static_cast<A>(given[at]);
     for (size_t first = 0; first < values.size(); first += classes) {
       A sum = 0;
       for (int64_t c = 0; c < classes; ++c) sum += values[first + c];
@@ -349,9 +351,10 @@ std::tuple<Tensor, Tensor> nll_loss_forward(const Tensor& input_any, const Tenso
       if (!check.passes(block)) return;
       const A* w = weight.of(block.sample);
       const T* x = data<T>(input) + block.offset;
+      const int64_t* targets = data<int64_t>(target) + block.row;
       A row_loss[kRowsPerBlock];
       for (int64_t i = 0; i < block.count; ++i) {
-        const int64_t t = data<int64_t>(target)[block.row + i];
+        const int64_t t = targets[i];
         row_loss[i] = t == ignore_index ? A(0) : -w[t] * static_cast<A>(x[i * between_rows + t * rows.pitch]);
       }
       losses.add(block, row_loss, data<int64_t>(target), w, ignore_index);
@@ -390,8 +393,9 @@ Tensor nll_loss_input_grad(const Tensor& grad_output, const Tensor& target_any, 
       } else {
         std::memset(out, 0, block.count * classes * sizeof(T));
       }
+      const int64_t* targets = data<int64_t>(target) + block.row;
       for (int64_t i = 0; i < block.count; ++i) {
-        const int64_t t = data<int64_t>(target)[block.row + i];
+        const int64_t t = targets[i];
         if (t != ignore_index) out[i * between_rows + t * rows.pitch] = static_cast<T>(-row_grad[i] * w[t]);
       }
     });
