@@ -21,8 +21,8 @@ constexpr int64_t kRowsPerBlock = 128;
 // Of the operands of channels that are taken together, which are read twice.
 constexpr int64_t kChannelBytes = 512 << 10;
 
-// Planes of fewer pixels are small: an image's planes of a few channels are taken for one row of pixels, of about
-// kSmallRun, and the images for rows that lie `pitch` apart. PLACEHOLDER
+// Planes of fewer pixels are small: an image's planes of a few channels, about kSmallRun pixels, are taken for one row,
+// and the images for rows that lie `pitch` apart. Channel by channel, 128x512x7x7 takes 2.3 times as long.
 constexpr int64_t kSmallPlane = 256, kSmallPlanes = 64, kSmallRun = 1024, kLineValues = 16;
 
 // A channel's planes are `pitch` apart; rows are summed in `blocks`.
@@ -364,7 +364,7 @@ Tensor batch_norm_masked_grad(const Tensor& grad_any, const Tensor& mask_any) {
     const T* g = data<T>(grad_output);
     const uint8_t* bits = data<uint8_t>(mask);
     T* out = mutable_data<T>(output);
-    const bool past_caches = layout.past_caches(out, 1);  // it is read next, in most cases
+    const bool past_caches = layout.past_caches(out, 1);
     if (layout.is_rows) {
       layout.for_blocks(8, [&](int64_t offset, int64_t rows, int64_t block) {
         MANUAL_OPS_FOR_ISA(

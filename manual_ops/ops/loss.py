@@ -377,6 +377,14 @@ def _check_broadcasts(op: str, name: str, operand: Tensor, input: Tensor) -> Non
         )
 
 
+def _promoted(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that holds either."""
+    if input.dtype is target.dtype:
+        return input, target  # conversions to what is there already cost as much as a small kernel
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return input.to(dtype), target.to(dtype)
+
+
 def mse_loss(
     input: Tensor,
     target: Tensor,
@@ -418,8 +426,7 @@ def mse_loss(
     if weight is not None and size_average is None and reduce is None and reduction == "elementwise_mean":
         raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum' where there is a weight, got {reduction!r}")
     reduction = reduction_argument(op, size_average, reduce, reduction)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    x, t = input.to(dtype), target.to(dtype)
+    x, t = _promoted(input, target)
     if x.shape != t.shape:
         try:
             x, t = torch.broadcast_tensors(x, t)
@@ -434,7 +441,7 @@ def mse_loss(
     _check_operand(op, "weight", weight, input)
     if weight.shape != input.shape:
         raise ValueError(f"{op}: weight must have the input's shape {tuple(input.shape)}, got {tuple(weight.shape)}")
-    weight = weight if weight.is_floating_point() else weight.to(dtype)
+    weight = weight if weight.is_floating_point() else weight.to(x.dtype)
     weighted = MseLoss.call(x, t, "none", backend) * weight
     if reduction == "none":
         return weighted
@@ -489,9 +496,8 @@ def binary_cross_entropy_with_logits(
         if factor is not None:
             _check_operand(op, name, factor, input)
             _check_broadcasts(op, name, factor, input)
-    dtype = torch.promote_types(input.dtype, target.dtype)
-    x, t = input.to(dtype), target.to(dtype)
-    p = None if pos_weight is None else pos_weight.to(dtype).expand(x.shape)
+    x, t = _promoted(input, target)
+    p = None if pos_weight is None else pos_weight.to(x.dtype).expand(x.shape)
     if reduction == "none" and t.is_contiguous(memory_format=geometry.channels_last_format(t)):
         x = x.contiguous(memory_format=geometry.channels_last_format(t))  # the output has the target's layout
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
