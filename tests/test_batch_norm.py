@@ -86,6 +86,14 @@ def test_values_and_gradients(backend, device, dtype, shape, training):
         assert_pair_same_as_torch(*operands(shape, dtype, device), training=training, eps=1e-3, residual=each)
 
 
+@pytest.mark.parametrize("shape", [(130, 70, 3, 3), (700, 24, 8, 8)], ids=["two sums a pixel", "past the caches"])
+def test_small_planes_of_more_channels_than_are_taken_together(shape):
+    residual = tensor(*shape)
+    with modes.backend("native"):
+        for each in (None, residual):
+            assert_pair_same_as_torch(*operands(shape), training=True, residual=each)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", ["of the input's dtype", "float32"])
@@ -571,8 +579,9 @@ def test_opcheck(namespace, shape, memory_format):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-def test_native_bits_do_not_depend_on_threads_or_runs(memory_format, dtype):
-    input, mean, var, weight, bias = operands((8, 24, 33, 31), dtype)
+@pytest.mark.parametrize("shape", [(8, 24, 33, 31), (130, 70, 5, 5)], ids=["planes", "small planes"])
+def test_native_bits_do_not_depend_on_threads_or_runs(shape, memory_format, dtype):
+    input, mean, var, weight, bias = operands(shape, dtype)
     input = input.detach().contiguous(memory_format=memory_format).requires_grad_()
     residual = tensor(*input.shape, dtype=dtype).detach().contiguous(memory_format=memory_format).requires_grad_()
     cotangent = torch.randn_like(input)
