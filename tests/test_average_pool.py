@@ -36,6 +36,9 @@ WINDOWS = [
     ((1, 5, 6, 7, 9), {"kernel_size": 3, "stride": 2, "padding": 1}),
     ((1, 2, 6, 5, 8), {"kernel_size": (2, 3, 1), "stride": (2, 1, 3), "padding": (1, 1, 0), "ceil_mode": True}),
     ((1, 2, 6, 5, 8), {"kernel_size": 3, "padding": 1, "count_include_pad": False, "divisor_override": 7}),
+    ((2, 3, 700), {"kernel_size": 101, "stride": 70, "padding": 40}),
+    ((2, 2, 3, 300), {"kernel_size": (2, 90), "stride": (1, 70), "padding": (1, 40), "count_include_pad": False}),
+    ((1, 2, 2, 3, 200), {"kernel_size": (1, 2, 65), "stride": (1, 1, 90), "divisor_override": 7}),
 ]
 PIECES = [
     ((2, 3, 10), 4),
@@ -46,6 +49,8 @@ PIECES = [
     ((2, 20, 11, 12), 7),
     ((1, 2, 6, 5, 8), (2, 3, 5)),
     ((1, 2, 6, 5, 8), 1),
+    ((2, 3, 700), 3),
+    ((2, 3, 4, 700), 3),
 ]
 
 
@@ -79,7 +84,7 @@ def test_16_bit_sums_are_rounded_once(backend, device, shape, options, dtype):
     assert_same(gradient.double(), expected_gradient, rtol=half_ulp, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 16, 21, 70])
+@pytest.mark.parametrize("channels", [1, 3, 16, 21, 70, 300])
 @pytest.mark.parametrize(("shape", "options"), [(s, o) for s, o in WINDOWS if len(s) > 3][::2])
 def test_channels_last_stays_channels_last_forward_and_backward(backend, device, shape, options, channels):
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d

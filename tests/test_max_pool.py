@@ -42,6 +42,9 @@ WINDOWS = [
     ((2, 3, 5, 6, 7), {"kernel_size": 2}),
     ((1, 5, 6, 7, 9), {"kernel_size": 3, "stride": 2, "padding": 1}),
     ((1, 2, 6, 5, 8), {"kernel_size": (2, 3, 1), "stride": (2, 1, 3), "padding": (1, 1, 0), "ceil_mode": True}),
+    ((2, 3, 700), {"kernel_size": 40, "stride": 30, "padding": 20}),
+    ((2, 2, 5, 300), {"kernel_size": (3, 41), "stride": (3, 30), "padding": (1, 20)}),
+    ((1, 2, 30, 40), {"kernel_size": 5, "stride": 7, "padding": 2, "dilation": (1, 3)}),
 ]
 PIECES = [
     ((2, 3, 10), 4),
@@ -51,6 +54,8 @@ PIECES = [
     ((1, 2, 5, 4), (7, None)),
     ((2, 20, 11, 12), 7),
     ((1, 2, 6, 5, 8), (2, 3, 5)),
+    ((2, 3, 700), 3),
+    ((2, 3, 9, 700), (3, 4)),
 ]
 
 
@@ -82,7 +87,7 @@ def test_16_bit_values_are_exact_and_gradients_are_rounded_once(backend, device,
     assert_same(gradient, expected_gradient.to(dtype))
 
 
-@pytest.mark.parametrize("channels", [1, 3, 16, 21, 70])
+@pytest.mark.parametrize("channels", [1, 3, 16, 21, 70, 300])
 @pytest.mark.parametrize(("shape", "options"), [(s, o) for s, o in WINDOWS if len(s) > 3 and s[2] < 20][::2])
 def test_channels_last_stays_channels_last_forward_and_backward(backend, device, shape, options, channels):
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d

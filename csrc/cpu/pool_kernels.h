@@ -15,7 +15,8 @@ using code_t = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 template <class A>
 using codes_t = vector_t<code_t<A>>;
 
-// channels_last blocks of 256 bytes of A keep neighbouring cache lines together; narrower ones were slower.
+// channels_last blocks of 256 bytes of A keep neighbouring cache lines together; narrower ones were slower. Where rows
+// are not kept, wider ones are faster.
 constexpr int kWide = 256 / kVectorBytes;
 // An input tile of this many pixels, one vector each, fills half of a 64 KiB L1.
 constexpr int64_t kTilePixels = 512;
@@ -204,11 +205,26 @@ static inline void for_lanes(Lanes from, const Body& body) {
   body.template operator()<Lanes::few_channels>();
 }
 
+// Whether channels are read in place: where they fill vectors, and windows overlap so little that each of them reading
+// all it needs, with other pixels' channels between, costs less than rows that several share.
+template <class A>
+static bool in_place(const PoolGeometry& g) {
+  const int64_t taps = g.d.taps * g.h.taps * g.w.taps;
+  return g.channels_last && g.channels >= kLanes<A> && taps * g.output_pixels() <= 3 * g.input_pixels();
+}
+
+// Vectors of channels that are worked on together, at most.
+template <class A>
+static int64_t widest(const PoolGeometry& g) {
+  return in_place<A>(g) ? 4 * kWide : kWide;
+}
+
 template <class A>
 static int64_t block_count(const PoolGeometry& g) {
   constexpr int64_t L = kLanes<A>;
   if (!g.channels_last) return (g.batch * g.channels + L - 1) / L;
-  return g.batch * ((g.channels + kWide * L - 1) / (kWide * L));
+  const int64_t channels = widest<A>(g) * L;
+  return g.batch * ((g.channels + channels - 1) / channels);
 }
 
 template <class A>
@@ -445,6 +461,57 @@ static void reduce_rows(const A* const* values, const R* const* winners, const c
     reduce.template operator()<0>();
 }
 
+// Forward of channels that fill vectors, outputs first .. last-1 of a row: each reads its window where it lies, several
+// vectors of channels at a time. `rows` of the input are read, from tap bases[r] on; without any, or without a column,
+// the window holds padding alone and `bases[0]` is its first tap's.
+template <bool kMax, class A, class T, class U>
+static void reduce_windows(const T* const* inputs, const code_t<A>* bases, int64_t rows, const AxisView& w,
+                           int64_t first, int64_t last, int64_t vectors, int64_t lanes, const A* divisors, T* output,
+                           U* winner, int64_t pitch) {
+  const auto reduce = [&]<int kVectors>(int64_t o, int64_t v) __attribute__((always_inline)) {
+    int64_t lane[kVectors];
+    vector_t<A> value[kVectors];
+    codes_t<A> code[kVectors];
+    const int64_t next_row = w.input * pitch, begin = w.first[o] * pitch, step = w.step * pitch, taps = w.count[o];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      lane[i] = lane_of<A, Lanes::channels>(v + i, lanes);
+      value[i] = vector_t<A>{} + (kMax ? -A(__builtin_inf()) : A(0));
+      code[i] = codes_t<A>{} + (bases[0] + static_cast<code_t<A>>(w.tap[o]));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* p = inputs[r] + begin;
+      codes_t<A> tap = codes_t<A>{} + (bases[r] + static_cast<code_t<A>>(w.tap[o]));
+      for (int64_t k = 0; k < taps; ++k, p += step) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+          const vector_t<A> x = load_vector<A>(p + lane[i]);
+          __builtin_prefetch(p + lane[i] + next_row);
+          if constexpr (kMax)
+            take<A>(value[i], code[i], x, tap);
+          else
+            value[i] += x;
+        }
+        tap += 1;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t to = (o - first) * pitch + lane[i];
+      if constexpr (kMax)
+        store_vector<code_t<A>>(winner + to, code[i]);
+      else
+        value[i] /= vector_t<A>{} + divisors[o - first];
+      store_vector<A>(output + to, value[i]);
+    }
+  };
+  for (int64_t o = first; o < last; ++o) {
+    int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4) reduce.template operator()<4>(o, v);
+    for (; v < vectors; ++v) reduce.template operator()<1>(o, v);
+  }
+}
+
 struct InputRange {
   int64_t begin, end;
 };
@@ -458,6 +525,11 @@ static InputRange inputs_of(const AxisView& axis, int64_t first, int64_t last) {
     range.end = most(range.end, axis.first[o] + (axis.count[o] - 1) * axis.step + 1);
   }
   return range.begin < range.end ? range : InputRange{0, 0};
+}
+
+// What average pooling divides an output by; rows_divisor is the product over D and H.
+static inline double window_divisor(const PoolGeometry& g, int64_t rows_divisor, int64_t column) {
+  return g.divisor_override != 0 ? g.divisor_override : static_cast<double>(rows_divisor * g.w.divisor[column]);
 }
 
 // What average pooling divides rows of outputs by, or multiplies them with: one row a slot, computed anew where it
@@ -484,9 +556,7 @@ struct Divisors {
     first.data[slot] = first_column;
     count.data[slot] = used_columns;
     for (int64_t o = 0; o < used_columns; ++o) {
-      const A divisor = g.divisor_override != 0
-                            ? static_cast<A>(g.divisor_override)
-                            : static_cast<A>(rows_divisor) * static_cast<A>(g.w.divisor[first_column + o]);
+      const A divisor = static_cast<A>(window_divisor(g, rows_divisor, first_column + o));
       row[o] = reciprocal ? 1 / divisor : divisor;
     }
     return row;
@@ -507,19 +577,20 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
     tile_inputs = most(tile_inputs, range.end - range.begin);
   }
 
-  const bool lanes_made = !g.channels_last;
+  const bool lanes_made = !g.channels_last, windows_in_place = in_place<A>(g);
   const int64_t plane_bytes = g.output_pixels() * static_cast<int64_t>(sizeof(T));
   const bool past_caches = lanes_made && goes_past_caches(output, g.batch * g.channels * plane_bytes, plane_bytes);
   LaneRows<A, T> source(g, h.input, w.input, g.input_pixels(), lanes_made ? tile_inputs : 0, d.taps, 1);
   LaneWriter<A, T> values_out(g.output_pixels(), lanes_made ? tile : 1, past_caches);
   LaneWriter<code_t<A>, U> winners_out(g.output_pixels(), lanes_made && kMax ? tile : 1, false);
-  const int64_t slots = d.taps * h.reach, slot_size = tile * L * (g.channels_last ? kWide : 1);
+  const int64_t slots = d.taps * h.reach, slot_size = windows_in_place ? 0 : tile * L * (g.channels_last ? kWide : 1);
   Buffer<A> ring(slots * slot_size);
   Buffer<U> ring_winners(kMax ? slots * slot_size : 1);
   Buffer<int64_t> keys(slots);
   Buffer<code_t<A>> bases(d.taps * h.taps);
   Buffer<const A*> row_values(d.taps * h.taps);
   Buffer<const U*> row_winners(d.taps * h.taps);
+  Buffer<const T*> row_inputs(d.taps * h.taps);
   Buffer<A> nothing(slot_size);
   Buffer<U> nothing_winners(slot_size);
   Divisors<A> divisors(g, false, 1, kMax ? 0 : tile);
@@ -552,18 +623,27 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
         U* winners = kMax ? ring_winners.data + slot * slot_size : nullptr;
         row_values.data[used] = values;
         row_winners.data[used] = winners;
+        row_inputs.data[used] = input + block.base_input + key * w.input * g.channels;
         bases.data[used] = static_cast<code_t<A>>(((d.tap[od] + i) * h.taps + h.tap[oh] + j) * w.taps);
-        if (keys.data[slot] == key) continue;
+        if (windows_in_place || keys.data[slot] == key) continue;
         keys.data[slot] = key;
         for_lanes(block.from, [&]<Lanes kFrom>() {
           if constexpr (kFrom == Lanes::planes)
             reduce_row<kMax, A, kFrom>(source.row(i, in_d, in_h, least(tile_inputs, w.input - first_input)), L, w,
                                        first, last, 1, L, values, winners);
           else
-            reduce_row<kMax, A, kFrom>(input + block.base_input + key * w.input * g.channels, g.channels, w, first,
-                                       last, block.vectors, block.lanes, values, winners);
+            reduce_row<kMax, A, kFrom>(row_inputs.data[used], g.channels, w, first, last, block.vectors, block.lanes,
+                                       values, winners);
         });
       }
+    }
+    const int64_t position = row * w.output + first, position_in_place = block.base_output + position * g.channels;
+    const A* divisor = kMax ? nullptr : divisors.of(0, d.divisor[od] * h.divisor[oh], first, columns);
+    if (used == 0) bases.data[0] = static_cast<code_t<A>>((d.tap[od] * h.taps + h.tap[oh]) * w.taps);
+    if (windows_in_place) {
+      reduce_windows<kMax, A>(row_inputs.data, bases.data, used, w, first, last, block.vectors, block.lanes, divisor,
+                              output + position_in_place, kMax ? winner + position_in_place : nullptr, g.channels);
+      continue;
     }
     if (used == 0) {  // a window with nothing but padding
       const int64_t width = block.vectors * L;
@@ -575,11 +655,8 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
       }
       row_values.data[0] = nothing.data;
       row_winners.data[0] = nothing_winners.data;
-      bases.data[0] = static_cast<code_t<A>>((d.tap[od] * h.taps + h.tap[oh]) * w.taps);
       used = 1;
     }
-    const A* divisor = kMax ? nullptr : divisors.of(0, d.divisor[od] * h.divisor[oh], first, columns);
-    const int64_t position = row * w.output + first;
     for_lanes(block.from, [&]<Lanes kTo>() {
       const auto finish = [&](auto* to, auto* to_winner) {
         reduce_rows<kMax, A, kTo>(row_values.data, row_winners.data, bases.data, used, columns, block.vectors,
@@ -588,8 +665,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
       if constexpr (kTo == Lanes::planes)
         finish(values_out.next(position, columns), kMax ? winners_out.next(position, columns) : nullptr);
       else
-        finish(output + block.base_output + position * g.channels,
-               kMax ? winner + block.base_output + position * g.channels : nullptr);
+        finish(output + position_in_place, kMax ? winner + position_in_place : nullptr);
     });
   }
   values_out.flush();
@@ -626,12 +702,18 @@ static inline void for_windows(const AxisView& w, const Body& body) {
   body.template operator()<0, 0>();
 }
 
+// Where backward reads vector v of output o: from its row of lanes, or in place.
+template <class A, Lanes kTo, bool kInPlace>
+static inline int64_t output_at(int64_t o, int64_t v, int64_t vectors, int64_t lanes, int64_t pitch) {
+  return kInPlace ? o * pitch + lane_of<A, kTo>(v, lanes) : (o * vectors + v) * kLanes<A>;
+}
+
 // One row of the gradient of max pooling's input, columns first .. last-1: over the rows and columns of the windows
 // that cover an input, the gradients of those it won.
-template <class A, Lanes kTo, class T>
-static void collect_winners(const A* const* grads, const code_t<A>* const* winners, const code_t<A>* bases,
-                            int64_t rows, const AxisView& w, int64_t first, int64_t last, int64_t vectors,
-                            int64_t lanes, T* grad_input, int64_t pixel_pitch, bool past_caches) {
+template <class A, Lanes kTo, bool kInPlace, class G, class W, class T>
+static void collect_winners(const G* const* grads, const W* const* winners, const code_t<A>* bases, int64_t rows,
+                            const AxisView& w, int64_t first, int64_t last, int64_t vectors, int64_t lanes,
+                            T* grad_input, int64_t pixel_pitch, bool past_caches) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
   const T* end = grad_input + (last - first) * pitch;
@@ -645,7 +727,8 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
     sum += winner == codes_t<A>{} + static_cast<code_t<A>>(tap) ? grad : vector_t<A>{};
   };
   // The gradients of a row, and by which of its taps along W they were won.
-  const auto read = [&](int64_t r, int64_t at, vector_t<A>& grad, codes_t<A>& winner) {
+  const auto read = [&](int64_t r, int64_t o, int64_t v, vector_t<A>& grad, codes_t<A>& winner) {
+    const int64_t at = output_at<A, kTo, kInPlace>(o, v, V, lanes, pitch);
     grad = load_vector<A>(grads[r] + at);
     pin(grad);  // or the load becomes a masked one that waits for the comparison
     winner = load_vector<code_t<A>>(winners[r] + at) - bases[r];
@@ -656,7 +739,7 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
       codes_t<A> winner;
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t j = w.cover[i]; j < w.cover[i + 1]; ++j) {
-          read(r, (w.cover_output[j] * V + v) * L, grad, winner);
+          read(r, w.cover_output[j], v, grad, winner);
           add(sum, grad, winner, w.cover_tap[j]);
         }
       }
@@ -674,7 +757,7 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
           for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
             for (int before = (kTaps - 1) / kStride; before >= 0; --before) {
-              read(r, ((o - before) * V + v) * L, grad, winner);
+              read(r, o - before, v, grad, winner);
 #pragma GCC unroll 4
               for (int k = 0; k < kStride; ++k)
                 if (k + before * kStride < kTaps) add(sums[k], grad, winner, k + before * kStride);
@@ -690,17 +773,18 @@ static void collect_winners(const A* const* grads, const code_t<A>* const* winne
 }
 
 // The same of average pooling, along one axis after the other: `shares` is room for the sum over the rows.
-template <class A, Lanes kTo, class T>
-static void collect_shares(const A* const* grads, const A* const* scales, int64_t rows, const AxisView& w,
+template <class A, Lanes kTo, bool kInPlace, class G, class T>
+static void collect_shares(const G* const* grads, const A* const* scales, int64_t rows, const AxisView& w,
                            int64_t first_output, int64_t last_output, int64_t first, int64_t last, int64_t vectors,
                            int64_t lanes, A* shares, T* grad_input, int64_t pixel_pitch, bool past_caches) {
   constexpr int64_t L = kLanes<A>;
   const int64_t pitch = kTo == Lanes::planes ? L : pixel_pitch, V = kTo == Lanes::channels ? vectors : 1;
   for (int64_t o = first_output; o < last_output; ++o) {
     for (int64_t v = 0; v < V; ++v) {
+      const int64_t at = output_at<A, kTo, kInPlace>(o, v, V, lanes, pitch);
       vector_t<A> sum{};
       for (int64_t r = 0; r < rows; ++r)
-        sum += load_vector<A>(grads[r] + (o * V + v) * L) * (vector_t<A>{} + scales[r][o - first_output]);
+        sum += load_vector<A>(grads[r] + at) * (vector_t<A>{} + scales[r][o - first_output]);
       store_vector<A>(shares + ((o - first_output) * V + v) * L, sum);
     }
   }
@@ -775,15 +859,19 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
   const bool past_caches =
       goes_past_caches(grad_input, g.batch * g.channels * g.input_pixels() * static_cast<int64_t>(sizeof(T)), run);
   const int64_t depths = d.cover_count, most_rows = d.cover_count * h.cover_count, pixels = g.output_pixels();
-  LaneRows<A, T> grads(g, h.output, w.output, pixels, tile_outputs, depths, h.cover_reach);
-  LaneRows<code_t<A>, U> winners(g, h.output, w.output, pixels, kMax ? tile_outputs : 0, depths, h.cover_reach);
+  const bool outputs_in_place = in_place<A>(g);
+  const int64_t kept_outputs = outputs_in_place ? 0 : tile_outputs;
+  LaneRows<A, T> grads(g, h.output, w.output, pixels, kept_outputs, depths, h.cover_reach);
+  LaneRows<code_t<A>, U> winners(g, h.output, w.output, pixels, kMax ? kept_outputs : 0, depths, h.cover_reach);
   LaneWriter<A, T> out(g.input_pixels(), lanes_made ? tile : 1, past_caches);
   Buffer<const A*> row_grads(most_rows);
   Buffer<const code_t<A>*> row_winners(most_rows);
+  Buffer<const T*> channel_grads(most_rows);
+  Buffer<const U*> channel_winners(most_rows);
   Buffer<code_t<A>> bases(most_rows);
   Buffer<const A*> row_scales(most_rows);
   Divisors<A> scales(g, true, most_rows, kMax ? 0 : tile_outputs);
-  Buffer<A> shares(kMax ? 1 : tile_outputs * L * (g.channels_last ? kWide : 1));
+  Buffer<A> shares(kMax ? 1 : tile_outputs * L * (g.channels_last ? widest<A>(g) : 1));
 
   int64_t block_and_tile = -1, first = 0, last = 0, first_output = 0, last_output = 0;
   Block block{};
@@ -805,9 +893,16 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
       for (int64_t i = d.cover[in_d]; i < d.cover[in_d + 1]; ++i) {
         for (int64_t j = h.cover[in_h]; j < h.cover[in_h + 1]; ++j, ++used) {
           const int64_t od = d.cover_output[i], oh = h.cover_output[j], index = i - d.cover[in_d];
-          row_grads.data[used] = grads.row(index, od, oh, outputs);
+          const int64_t channel_row = block.base_output + (od * h.output + oh) * w.output * g.channels;
+          if (outputs_in_place)
+            channel_grads.data[used] = grad_output + channel_row;
+          else
+            row_grads.data[used] = grads.row(index, od, oh, outputs);
           if constexpr (kMax) {
-            row_winners.data[used] = winners.row(index, od, oh, outputs);
+            if (outputs_in_place)
+              channel_winners.data[used] = winner + channel_row;
+            else
+              row_winners.data[used] = winners.row(index, od, oh, outputs);
             bases.data[used] = static_cast<code_t<A>>((d.cover_tap[i] * h.taps + h.cover_tap[j]) * w.taps);
           } else {
             row_scales.data[used] = scales.of(used, d.divisor[od] * h.divisor[oh], first_output, outputs);
@@ -817,18 +912,21 @@ static void pool_backward(const PoolGeometry& g, const T* grad_output, const U* 
     }
     const int64_t position = row * w.input + first;
     for_lanes(block.from, [&]<Lanes kTo>() {
-      const auto collect = [&](auto* to) {
+      const auto collect = [&]<bool kInPlace>(auto* to, auto* from, auto* from_winners) {
         if constexpr (kMax)
-          collect_winners<A, kTo>(row_grads.data, row_winners.data, bases.data, used, w, first, last, block.vectors,
-                                  block.lanes, to, g.channels, past_caches);
+          collect_winners<A, kTo, kInPlace>(from, from_winners, bases.data, used, w, first, last, block.vectors,
+                                            block.lanes, to, g.channels, past_caches);
         else
-          collect_shares<A, kTo>(row_grads.data, row_scales.data, used, w, first_output, last_output, first, last,
-                                 block.vectors, block.lanes, shares.data, to, g.channels, past_caches);
+          collect_shares<A, kTo, kInPlace>(from, row_scales.data, used, w, first_output, last_output, first, last,
+                                           block.vectors, block.lanes, shares.data, to, g.channels, past_caches);
       };
+      T* to = grad_input + block.base_input + position * g.channels;
       if constexpr (kTo == Lanes::planes)
-        collect(out.next(position, last - first));
+        collect.template operator()<false>(out.next(position, last - first), row_grads.data, row_winners.data);
+      else if (kTo == Lanes::channels && outputs_in_place)
+        collect.template operator()<true>(to, channel_grads.data, channel_winners.data);
       else
-        collect(grad_input + block.base_input + position * g.channels);
+        collect.template operator()<false>(to, row_grads.data, row_winners.data);
     });
   }
   out.flush();
@@ -856,26 +954,32 @@ static void pick(const PoolGeometry& g, const T* input, const U* winner, T* outp
   }
 }
 
-// The gradient of max pooling's input where every window is whole, no input is in two of them, and windows are so large
-// that few inputs win: zeros, and each output's gradient put where its winner is. For planes begin .. end-1, or images
-// with channels_last. offsets[code] is where a tap lies from the first input of its window.
+// The gradient of max pooling's input where few inputs win: zeros, and each output's gradient added where its winner
+// is. For planes begin .. end-1, or images with channels_last. offsets[code] is where a tap lies from the first one of
+// its window, which may be one of the padding.
 template <class T, class U>
 static void place(const PoolGeometry& g, const T* grad_output, const U* winner, T* grad_input, const int64_t* offsets,
                   int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
   const AxisView &d = g.d, &h = g.h, &w = g.w;
-  const int64_t lanes = g.channels_last ? g.channels : 1, taps = d.taps * h.taps * w.taps;
+  const int64_t lanes = g.channels_last ? g.channels : 1, taps = d.taps * h.taps * w.taps, pixels = g.input_pixels();
+  const auto start = [](const AxisView& axis, int64_t o) { return axis.first[o] - axis.tap[o] * axis.step; };
   for (int64_t outer = begin; outer < end; ++outer) {
-    T* to = grad_input + outer * g.input_pixels() * lanes;
-    __builtin_memset(static_cast<void*>(to), 0, g.input_pixels() * lanes * sizeof(T));
+    T* to = grad_input + outer * pixels * lanes;
+    __builtin_memset(static_cast<void*>(to), 0, pixels * lanes * sizeof(T));
     int64_t item = outer * g.output_pixels() * lanes;
     for (int64_t od = 0; od < d.output; ++od) {
       for (int64_t oh = 0; oh < h.output; ++oh) {
-        T* row = to + (d.first[od] * h.input + h.first[oh]) * w.input * lanes;
+        const int64_t row = (start(d, od) * h.input + start(h, oh)) * w.input;
         for (int64_t ow = 0; ow < w.output; ++ow) {
-          T* window = row + w.first[ow] * lanes;
+          const int64_t window = row + start(w, ow);
           for (int64_t lane = 0; lane < lanes; ++lane, ++item) {
             const int64_t code = winner[item];
-            if (code >= 0 && code < taps) window[offsets[code] * lanes + lane] = grad_output[item];
+            if (code < 0 || code >= taps) continue;
+            const int64_t pixel = window + offsets[code];
+            if (pixel < 0 || pixel >= pixels) continue;
+            T* p = to + pixel * lanes + lane;
+            *p = static_cast<T>(static_cast<A>(*p) + static_cast<A>(grad_output[item]));
           }
         }
       }
@@ -892,40 +996,104 @@ static inline auto sum_of(V vector, std::integer_sequence<int, kLane...> lanes) 
     return sum_of<kHalf / 2>(vector + __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...), lanes);
 }
 
-// Average pooling to one output: the mean of whole planes begin .. end-1, which need no transpose. A plane is summed in
-// kSums vectors side by side, so that neither latency nor rounding grows with every element.
+// The sum of neighbouring elements: in kSums vectors side by side, so that neither latency nor rounding grows with
+// every element.
 template <class T>
-static void average_planes(const T* input, T* output, int64_t pixels, double divisor, int64_t begin, int64_t end) {
+static double sum_of_run(const T* p, int64_t count) {
   using A = accumulate_t<T>;
   constexpr int kSums = 4;
-  constexpr int64_t L = kLanes<A>, kChunk = 4096;  // values that are summed before the sum goes into the double
-  for (int64_t plane = begin; plane < end; ++plane) {
-    const T* p = input + plane * pixels;
-    double total = 0;
-    for (int64_t i = 0; i < pixels;) {
-      const int64_t stop = least(pixels, i + kChunk);
-      vector_t<A> sums[kSums] = {};
-      for (; i + kSums * L <= stop; i += kSums * L) {
+  constexpr int64_t L = kLanes<A>, kFlush = 4096;  // elements that are summed before the sum goes into the double
+  double total = 0;
+  for (int64_t i = 0; i < count;) {
+    const int64_t stop = least(count, i + kFlush);
+    vector_t<A> sums[kSums] = {};
+    for (; i + kSums * L <= stop; i += kSums * L) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kSums; ++s) sums[s] += load_vector<A>(p + i + s * L);
-      }
-      for (; i + L <= stop; i += L) sums[0] += load_vector<A>(p + i);
-      A sum = sum_of<L / 2>((sums[0] + sums[1]) + (sums[2] + sums[3]), std::make_integer_sequence<int, L>());
-      for (; i < stop; ++i) sum += static_cast<A>(p[i]);
-      total += sum;
+      for (int s = 0; s < kSums; ++s) sums[s] += load_vector<A>(p + i + s * L);
     }
-    output[plane] = static_cast<T>(total / divisor);
+    for (; i + L <= stop; i += L) sums[0] += load_vector<A>(p + i);
+    A sum = sum_of<L / 2>((sums[0] + sums[1]) + (sums[2] + sums[3]), std::make_integer_sequence<int, L>());
+    for (; i < stop; ++i) sum += static_cast<A>(p[i]);
+    total += sum;
+  }
+  return total;
+}
+
+// Average pooling of contiguous tensors by windows that are long along W, which need no transposes. For planes begin ..
+// end-1.
+template <class T>
+static void average_runs(const PoolGeometry& g, const T* input, T* output, int64_t begin, int64_t end) {
+  const AxisView &d = g.d, &h = g.h, &w = g.w;
+  if (g.output_pixels() == 1 && d.input * h.input == 1) {
+    const double divisor = window_divisor(g, d.divisor[0] * h.divisor[0], 0);
+    for (int64_t plane = begin; plane < end; ++plane)
+      output[plane] = static_cast<T>(sum_of_run(input + plane * w.input + w.first[0], w.count[0]) / divisor);
+    return;
+  }
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const T* p = input + plane * g.input_pixels();
+    T* out = output + plane * g.output_pixels();
+    for (int64_t od = 0; od < d.output; ++od) {
+      for (int64_t oh = 0; oh < h.output; ++oh) {
+        for (int64_t ow = 0; ow < w.output; ++ow, ++out) {
+          double total = 0;
+          for (int64_t i = d.first[od]; i < d.first[od] + d.count[od]; ++i)
+            for (int64_t j = h.first[oh]; j < h.first[oh] + h.count[oh]; ++j)
+              total += sum_of_run(p + (i * h.input + j) * w.input + w.first[ow], w.count[ow]);
+          *out = static_cast<T>(total / window_divisor(g, d.divisor[od] * h.divisor[oh], ow));
+        }
+      }
+    }
   }
 }
 
-// Its transpose: every element of a plane gets the same share.
+// Its transpose: every element of a window gets the same share.
 template <class T>
-static void spread_planes(const T* grad_output, T* grad_input, int64_t pixels, double divisor, int64_t begin,
-                          int64_t end) {
+static void spread_runs(const PoolGeometry& g, const T* grad_output, T* grad_input, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
-  for (int64_t plane = begin; plane < end; ++plane) {
-    const T share = static_cast<T>(static_cast<A>(grad_output[plane]) / static_cast<A>(divisor));
-    T* p = grad_input + plane * pixels;
-    for (int64_t i = 0; i < pixels; ++i) p[i] = share;
+  constexpr int64_t L = kLanes<A>;
+  const AxisView &d = g.d, &h = g.h, &w = g.w;
+  if (g.output_pixels() == 1 && d.input * h.input == 1 && w.count[0] == w.input) {
+    const A divisor = static_cast<A>(window_divisor(g, d.divisor[0] * h.divisor[0], 0));
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const T share = static_cast<T>(static_cast<A>(grad_output[plane]) / divisor);
+      T* to = grad_input + plane * w.input;
+      for (int64_t column = 0; column < w.input; ++column) to[column] = share;
+    }
+    return;
   }
+  const bool past_caches = elementwise_goes_past_caches<T>(g.batch * g.channels * g.input_pixels());
+  Buffer<A> shares(w.input);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    for (int64_t row = 0; row < d.input * h.input; ++row) {
+      const int64_t in_d = row / h.input, in_h = row % h.input;
+      const auto share_of = [&](int64_t ow) {
+        A share = 0;
+        for (int64_t i = d.cover[in_d]; i < d.cover[in_d + 1]; ++i) {
+          for (int64_t j = h.cover[in_h]; j < h.cover[in_h + 1]; ++j) {
+            const int64_t od = d.cover_output[i], oh = h.cover_output[j];
+            const T grad = grad_output[plane * g.output_pixels() + (od * h.output + oh) * w.output + ow];
+            share += static_cast<A>(grad) / static_cast<A>(window_divisor(g, d.divisor[od] * h.divisor[oh], ow));
+          }
+        }
+        return share;
+      };
+      T* to = grad_input + plane * g.input_pixels() + row * w.input;
+      // Shares are added to what the windows before left, up to column `written`; behind it there are none yet.
+      int64_t written = 0;
+      for (int64_t ow = 0; ow < w.output; ++ow) {
+        const A share = share_of(ow);
+        int64_t column = w.first[ow];
+        const int64_t stop = column + w.count[ow];
+        for (; written < column; ++written) shares.data[written] = 0;
+        for (; column < least(written, stop); ++column) shares.data[column] += share;
+        for (; column + L <= stop; column += L) store_vector<A>(shares.data + column, vector_t<A>{} + share);
+        for (; column < stop; ++column) shares.data[column] = share;
+        written = most(written, stop);
+      }
+      for (; written < w.input; ++written) shares.data[written] = 0;
+      deliver(shares.data, to, w.input, past_caches);
+    }
+  }
+  if (past_caches) finish_stores_past_caches();
 }
