@@ -2,6 +2,7 @@
 # make demo     verify, train, compare; writes report/index.html
 # make test     the tests, but for the slow ones; `make test-all` runs those too
 # make test-isa        the tests of the C++ kernels on each smaller instruction set
+# make sanitize        calls of every C++ kernel under the sanitizers of addresses and of undefined behaviour
 # make test-emulation  the CUDA kernels, run on the CPU
 # make cuda     manual_ops._C_cuda, wherever there is nvcc: with a torch without CUDA it is built and cannot be used
 # make cuda-report     registers, shared memory and spills of each CUDA kernel; writes benchmarks/results/
@@ -38,7 +39,7 @@ GPU_READY := $(if $(VENV),$(READY))
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-all test-isa test-emulation cuda cuda-report lint bench \
+.PHONY: setup demo test test-all test-isa sanitize test-emulation cuda cuda-report lint bench \
 	build-gpu test-gpu sanitize-gpu bench-gpu clean
 
 setup: $(READY)
@@ -72,6 +73,15 @@ test-isa: $(READY)
 	MANUAL_OPS_ISA=avx2 $(RUN) -m pytest -n auto -m "not slow" $(KERNEL_TESTS)
 	MANUAL_OPS_ISA=plain $(RUN) -m pytest -n auto -m "not slow" $(KERNEL_TESTS)
 
+SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
+sanitize: $(READY)
+	MANUAL_OPS_CUDA=0 MANUAL_OPS_CXXFLAGS="-O1 $(SANITIZE)" MANUAL_OPS_LDFLAGS="$(SANITIZE)" \
+		$(RUN) setup.py build_ext --build-lib build/sanitized --build-temp build/sanitized-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		MANUAL_OPS_LIBRARY=build/sanitized/manual_ops/_C.so \
+		$(RUN) -m pytest -n auto -m "not slow" tests/test_kernel_calls.py
+
 test-emulation: $(READY)
 	$(RUN) -m pytest tests/cuda_emulation
 
@@ -92,6 +102,7 @@ bench: $(READY)
 	$(RUN) benchmarks/run.py
 	$(RUN) benchmarks/networks.py
 	$(RUN) benchmarks/networks.py --channels-last
+	$(RUN) benchmarks/accuracy.py
 
 build-gpu: $(GPU_READY)
 	$(RUN) benchmarks/gpu.py --build

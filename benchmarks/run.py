@@ -6,8 +6,9 @@
 
 A setting is the number of threads and how memory is allocated. The C library hands large blocks back to the system and
 gets them again, page by page, on every call: `default` measures with that cost, which lies on both sides alike and
-hides differences; `resident` keeps the blocks, for both sides, as a training program's caches mostly do. Each run is a
-process of its own, since both must be known at its start; with one thread it stays on one core.
+hides differences; `resident` keeps the blocks, for both sides, as a training program's caches mostly do; `huge` gets
+tensors' memory in huge pages, for both sides. Each run is a process of its own, since all this must be known at its
+start; with one thread it stays on one core.
 """
 
 import argparse
@@ -37,6 +38,7 @@ RESULTS = Path(__file__).with_name("results") / "cpu"
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     "resident": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(256 << 20)},
+    "huge": {"THP_MEM_ALLOC_ENABLE": "1"},
 }
 SETTINGS = {f"{threads}-{name}": (threads, name) for threads in (1, 2) for name in ALLOCATORS}
 console = Console(soft_wrap=True, highlight=False)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import accuracy
 import run
 from manual_ops.compare import Layer, arguments
 from manual_ops.registry import OPERATIONS
@@ -80,3 +81,19 @@ def test_the_command_measures_in_a_process_of_its_own(monkeypatch, tmp_path):
     assert told["comparison"]["threads"] == 2
     assert len(told["comparison"]["measurements"]) == len(SUITES["lenet"].layers)
     assert "| lenet |" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_accuracy_of_a_convolution(channels_last):
+    layer = Layer("conv2d", (2, 16, 12, 12), {"padding": 1})
+    told = accuracy.errors(layer, torch.float32, channels_last)
+    assert list(told) == ["output", "input gradient", "weight gradient"]
+    assert all(0 < error < 4e-6 for found in told.values() for error in found.values())
+    assert all(found["fast"] != found["strict"] for found in told.values())
+    rows = accuracy.table({"toy": {"layers": {layer.name: told}}}).splitlines()
+    assert len(rows) == 2 + 3 and "conv2d, 2x16x12x12" in rows[2]
+
+
+def test_an_image_has_no_gradient_to_be_inaccurate():
+    layer = Layer("conv2d", (2, 3, 12, 12), {"padding": 1, "input_grad": False})
+    assert list(accuracy.errors(layer, torch.bfloat16, False)) == ["output", "weight gradient"]
