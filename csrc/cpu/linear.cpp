@@ -1,5 +1,6 @@
 // The fully connected layer: one matrix product, on the micro-kernel of the dense convolution.
 #include "cpu/convolution/convolution.h"
+#include "cpu/intrinsics.h"
 #include "cpu/scratch.h"
 
 namespace manual_ops {

@@ -1,45 +1,5 @@
-// Vectors, and copies between the layouts of tensors and the channels-last blocks that the micro-kernel works on.
-
-template <class A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kVectorBytes)));
-};
-template <class A>
-using Vector = typename VectorOf<A>::type;
-template <class A>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
-
-template <class T>
-inline Vector<accumulate_t<T>> load_lanes(const T* from) {
-  Vector<accumulate_t<T>> lanes;
-  if constexpr (std::is_same_v<T, accumulate_t<T>>)
-    __builtin_memcpy(&lanes, from, sizeof(lanes));
-  else
-    for (int lane = 0; lane < kLanes<accumulate_t<T>>; ++lane) lanes[lane] = static_cast<accumulate_t<T>>(from[lane]);
-  return lanes;
-}
-
-template <class T>
-inline void store_lanes(const Vector<accumulate_t<T>>& lanes, T* to) {
-  if constexpr (std::is_same_v<T, accumulate_t<T>>)
-    __builtin_memcpy(to, &lanes, sizeof(lanes));
-  else
-    for (int lane = 0; lane < kLanes<accumulate_t<T>>; ++lane) to[lane] = static_cast<T>(lanes[lane]);
-}
-
-// Swaps the blocks off the diagonal, of half the size, then those of a quarter, ...: in the end the rows are columns.
-template <class V, int kHalf, int... kLane>
-inline void transpose_registers(V* rows, std::integer_sequence<int, kLane...> lanes) {
-  constexpr int kCount = sizeof...(kLane);
-#pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) {
-    if (i & kHalf) continue;
-    const V low = rows[i], high = rows[i + kHalf];
-    rows[i] = __builtin_shufflevector(low, high, (kLane & kHalf ? kCount + kLane - kHalf : kLane)...);
-    rows[i + kHalf] = __builtin_shufflevector(low, high, (kLane & kHalf ? kCount + kLane : kLane + kHalf)...);
-  }
-  if constexpr (kHalf > 1) transpose_registers<V, kHalf / 2>(rows, lanes);
-}
+// Copies between the layouts of tensors and the channels-last blocks that the micro-kernel works on.
+#include "cpu/vectors.h"
 
 // to[column][row] = from[row][column]
 template <class From, class To>
@@ -57,19 +17,18 @@ void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, i
     const int64_t row = r + kSide <= rows ? r : rows - kSide;
     for (int64_t c = 0; c < columns; c += kSide) {
       const int64_t column = c + kSide <= columns ? c : columns - kSide;
-      Vector<A> square[kSide];
-#pragma GCC unroll 16
-      for (int i = 0; i < kSide; ++i) square[i] = load_lanes(from + (row + i) * from_pitch + column);
-      transpose_registers<Vector<A>, kSide / 2>(square, std::make_integer_sequence<int, kSide>());
-#pragma GCC unroll 16
-      for (int i = 0; i < kSide; ++i) store_lanes(square[i], to + (column + i) * to_pitch + row);
+      const From* square = from + row * from_pitch + column;
+      transpose_square<A>(square, from_pitch, to + column * to_pitch + row, to_pitch);
     }
   }
 }
 
 template <class From, class To>
 void convert(const From* from, To* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(static_cast<accumulate_t<From>>(from[i]));
+  using A = accumulate_t<From>;
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store_vector<A>(to + i, load_vector<A>(from + i));
+  for (; i < count; ++i) to[i] = static_cast<To>(static_cast<A>(from[i]));
 }
 
 template <class A>

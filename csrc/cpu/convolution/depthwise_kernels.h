@@ -1,5 +1,4 @@
 #include "cpu/convolution/copies.h"
-#include "cpu/past_caches.h"
 
 // Depthwise convolution: vectors over channels, of channels_last tensors where they are and of others in a copy,
 // [row][column][lane]. Sources outside the plane are left out, so that no infinity in a tensor ever meets a zero.
@@ -38,21 +37,22 @@ template <class A, int kTaps, int kStep, int kPixels>
 inline void depthwise_tile(const DepthwiseRow<A>& row, int64_t channel, int64_t q) {
   constexpr int kSources = (kPixels - 1) * kStep + kTaps;
   const int64_t first = q * kStep;
-  Vector<A> sum[kPixels];
+  vector_t<A> sum[kPixels];
 #pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i) sum[i] = load_lanes(row.bias + channel);
+  for (int i = 0; i < kPixels; ++i) sum[i] = load_vector<A>(row.bias + channel);
   for (const DepthwiseTap* tap = row.taps; tap != row.taps + row.tap_count; ++tap) {
     const int64_t begin = clamp<int64_t>(tap->begin - first, 0, kSources);
     const int64_t end = clamp<int64_t>(tap->end - first, 0, kSources);
     const uint64_t inside = (~UINT64_C(0) << begin) & ~(~UINT64_C(0) << end);
-    Vector<A> factor[kTaps];
+    vector_t<A> factor[kTaps];
 #pragma GCC unroll 8
-    for (int j = 0; j < kTaps; ++j) factor[j] = load_lanes(row.weight + tap->weight + j * row.weight_pitch + channel);
+    for (int j = 0; j < kTaps; ++j)
+      factor[j] = load_vector<A>(row.weight + tap->weight + j * row.weight_pitch + channel);
     int64_t at = tap->source + first * row.pitch + channel;
 #pragma GCC unroll 64
     for (int u = 0; u < kSources; ++u) {
       if (inside >> u & 1) {
-        const Vector<A> value = load_lanes(row.source + at);
+        const vector_t<A> value = load_vector<A>(row.source + at);
 #pragma GCC unroll 8
         for (int j = 0; j < kTaps; ++j)
           if (u >= j && (u - j) % kStep == 0 && (u - j) / kStep < kPixels) sum[(u - j) / kStep] += value * factor[j];
@@ -75,7 +75,7 @@ inline void depthwise_tile(const DepthwiseRow<A>& row, int64_t channel, int64_t 
     if (row.past_caches)
       store_past_caches(sum[i], to);
     else
-      store_lanes(sum[i], to);
+      store_vector<A>(to, sum[i]);
     to += row.to_pitch;
     asm("" : "+r"(to));
   }
@@ -260,13 +260,13 @@ void depthwise_part(const Gather& plan, const DepthwisePart& part, const T* sour
 template <class A, int kRows, int kTaps>
 void add_products(const A* input, int64_t first, const InputPitches& pitch, const A* grad, const Operand& grad_at,
                   Range rows, int64_t columns, const uint8_t* inside, A* sums, int64_t sums_row) {
-  Vector<A> sum[kRows][kTaps] = {};
+  vector_t<A> sum[kRows][kTaps] = {};
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     int64_t x = first + row * pitch.next_row;
     const A* g = grad + (grad_at.origin + row * grad_at.row);
     for (int64_t column = 0; column < columns; ++column, x += pitch.next_column, g += grad_at.column) {
       const unsigned mask = inside[column];
-      const Vector<A> value = load_lanes(g);
+      const vector_t<A> value = load_vector<A>(g);
       int64_t tap = x;
       if (pitch.ahead_input != 0) {
         __builtin_prefetch(input + x + pitch.ahead_input);
@@ -276,7 +276,7 @@ void add_products(const A* input, int64_t first, const InputPitches& pitch, cons
       for (int j = 0; j < kTaps; ++j) {
         if (mask >> j & 1) {
 #pragma GCC unroll 4
-          for (int i = 0; i < kRows; ++i) sum[i][j] += value * load_lanes(input + tap + i * pitch.tap_row);
+          for (int i = 0; i < kRows; ++i) sum[i][j] += value * load_vector<A>(input + tap + i * pitch.tap_row);
         }
         tap += pitch.tap_column;
         asm("" : "+r"(tap));
@@ -286,7 +286,7 @@ void add_products(const A* input, int64_t first, const InputPitches& pitch, cons
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kTaps; ++j) {
       A* to = sums + i * sums_row + j * kLanes<A>;
-      store_lanes(load_lanes(to) + sum[i][j], to);
+      store_vector<A>(to, load_vector<A>(to) + sum[i][j]);
     }
 }
 

@@ -25,7 +25,7 @@ struct Tile {
 
 template <class A, int kRows, int kVectors>
 [[gnu::noinline]] void multiply_tile(const Tile<A>& tile) {
-  using V = Vector<A>;
+  using V = vector_t<A>;
   constexpr int kSplit = kRows > 8 ? (kRows + 1) / 2 : kRows;  // rows from here on have a pointer of their own
   V sum[kRows][kVectors] = {};
   // x86 addresses base + {1, 2, 4, 8} * register: with three odd multiples at hand, 8 rows need no further arithmetic.

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "cpu/convolution/convolution.h"
+#include "cpu/intrinsics.h"
 #include "cpu/scratch.h"
 
 #define MANUAL_OPS_KERNELS "cpu/convolution/planar_kernels.h"

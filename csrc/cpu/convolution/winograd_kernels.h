@@ -34,9 +34,9 @@ struct Points {
 
 // D: M_0 = x^4 - 5/2 x^2 + 1, M_a = (x + a)(x^3 - b^2 x), M_b = (x + b)(x^3 - a^2 x), M_infinity = x^5 - 5/2 x^3 + x.
 template <class A>
-[[gnu::always_inline]] inline void source_to_points(const Vector<A>* d, int from_step, Vector<A>* to, int to_step) {
+[[gnu::always_inline]] inline void source_to_points(const vector_t<A>* d, int from_step, vector_t<A>* to, int to_step) {
   using P = Points<A>;
-  using V = Vector<A>;
+  using V = vector_t<A>;
   const V d1 = d[from_step], d2 = d[2 * from_step], d3 = d[3 * from_step], d4 = d[4 * from_step];
   const V even_a = d4 - P::b2 * d2, odd_a = P::a * (d3 - P::b2 * d1);
   const V even_b = d4 - P::a2 * d2, odd_b = P::b * (d3 - P::a2 * d1);
@@ -50,9 +50,9 @@ template <class A>
 
 // Y
 template <class A>
-[[gnu::always_inline]] inline void output_to_points(const Vector<A>* y, int from_step, Vector<A>* to, int to_step) {
+[[gnu::always_inline]] inline void output_to_points(const vector_t<A>* y, int from_step, vector_t<A>* to, int to_step) {
   using P = Points<A>;
-  using V = Vector<A>;
+  using V = vector_t<A>;
   const V y0 = y[0], y1 = y[from_step], y2 = y[2 * from_step], y3 = y[3 * from_step];
   const V even_a = y0 + P::a2 * y2, odd_a = P::a * y1 + P::a3 * y3;
   const V even_b = y0 + P::b2 * y2, odd_b = P::b * y1 + P::b3 * y3;
@@ -66,9 +66,9 @@ template <class A>
 
 // Y^T
 template <class A>
-[[gnu::always_inline]] inline void points_to_output(const Vector<A>* m, int from_step, Vector<A>* to, int to_step) {
+[[gnu::always_inline]] inline void points_to_output(const vector_t<A>* m, int from_step, vector_t<A>* to, int to_step) {
   using P = Points<A>;
-  using V = Vector<A>;
+  using V = vector_t<A>;
   const V even_a = m[from_step] + m[2 * from_step], odd_a = m[from_step] - m[2 * from_step];
   const V even_b = m[3 * from_step] + m[4 * from_step], odd_b = m[3 * from_step] - m[4 * from_step];
   to[0] = m[0] + even_a + even_b;
@@ -79,9 +79,9 @@ template <class A>
 
 // G
 template <class A>
-[[gnu::always_inline]] inline void window_to_points(const Vector<A>* g, int from_step, Vector<A>* to, int to_step) {
+[[gnu::always_inline]] inline void window_to_points(const vector_t<A>* g, int from_step, vector_t<A>* to, int to_step) {
   using P = Points<A>;
-  using V = Vector<A>;
+  using V = vector_t<A>;
   const V g0 = g[0], g1 = g[from_step], g2 = g[2 * from_step];
   const V even_a = P::at_a * (g0 + P::a2 * g2), odd_a = (P::at_a * P::a) * g1;
   const V even_b = P::at_b * (g0 + P::b2 * g2), odd_b = (P::at_b * P::b) * g1;
@@ -95,9 +95,9 @@ template <class A>
 
 // G^T
 template <class A>
-[[gnu::always_inline]] inline void points_to_window(const Vector<A>* u, int from_step, Vector<A>* to, int to_step) {
+[[gnu::always_inline]] inline void points_to_window(const vector_t<A>* u, int from_step, vector_t<A>* to, int to_step) {
   using P = Points<A>;
-  using V = Vector<A>;
+  using V = vector_t<A>;
   const V even_a = P::at_a * (u[from_step] + u[2 * from_step]), odd_a = P::at_a * (u[from_step] - u[2 * from_step]);
   const V even_b = P::at_b * (u[3 * from_step] + u[4 * from_step]);
   const V odd_b = P::at_b * (u[3 * from_step] - u[4 * from_step]);
@@ -107,9 +107,9 @@ template <class A>
 }
 
 // A map along both axes: [kFrom][kFrom] to [kTo][kTo].
-template <class A, int kFrom, int kTo, void (*kMap)(const Vector<A>*, int, Vector<A>*, int)>
-[[gnu::always_inline]] inline void along_both_axes(const Vector<A>* from, Vector<A>* to) {
-  Vector<A> between[kTo * kFrom];
+template <class A, int kFrom, int kTo, void (*kMap)(const vector_t<A>*, int, vector_t<A>*, int)>
+[[gnu::always_inline]] inline void along_both_axes(const vector_t<A>* from, vector_t<A>* to) {
+  vector_t<A> between[kTo * kFrom];
 #pragma GCC unroll 6
   for (int column = 0; column < kFrom; ++column) kMap(from + column, kFrom, between + column, kFrom);
 #pragma GCC unroll 6
@@ -118,7 +118,7 @@ template <class A, int kFrom, int kTo, void (*kMap)(const Vector<A>*, int, Vecto
 
 // Patches to their points, from pixels [rows*4 + kSize-4][columns*4 + kSize-4][channels]. The last vector of channels
 // overlaps the one before it: there is at least one whole.
-template <class A, int kSize, void (*kMap)(const Vector<A>*, int, Vector<A>*, int)>
+template <class A, int kSize, void (*kMap)(const vector_t<A>*, int, vector_t<A>*, int)>
 void patches_to_points(const A* pixels, int64_t channels, int64_t rows, int64_t columns, const AtPoints<A>& to) {
   const int64_t pitch = (columns * kPatch + kSize - kPatch) * channels;
   A* at = to.at;
@@ -127,13 +127,13 @@ void patches_to_points(const A* pixels, int64_t channels, int64_t rows, int64_t 
       const A* patch = pixels + row * kPatch * pitch + column * kPatch * channels;
       for (int64_t next = 0; next < channels; next += kLanes<A>) {
         const int64_t channel = next + kLanes<A> <= channels ? next : channels - kLanes<A>;
-        Vector<A> from[kSize * kSize], points[kPoints];
+        vector_t<A> from[kSize * kSize], points[kPoints];
 #pragma GCC unroll 36
         for (int i = 0; i < kSize * kSize; ++i)
-          from[i] = load_lanes(patch + i / kSize * pitch + i % kSize * channels + channel);
+          from[i] = load_vector<A>(patch + i / kSize * pitch + i % kSize * channels + channel);
         along_both_axes<A, kSize, 6, kMap>(from, points);
 #pragma GCC unroll 36
-        for (int i = 0; i < kPoints; ++i) store_lanes(points[i], at + i * to.step + channel);
+        for (int i = 0; i < kPoints; ++i) store_vector<A>(at + i * to.step + channel, points[i]);
       }
     }
 }
@@ -143,15 +143,15 @@ void patches_to_points(const A* pixels, int64_t channels, int64_t rows, int64_t 
 template <class A>
 void points_to_outputs(const AtPoints<const A>& from, int64_t height, int64_t width, int64_t channels, const A* bias,
                        A* to, int64_t row, int64_t pixel, bool& finite) {
-  Vector<A> zeros = {};
+  vector_t<A> zeros = {};
   const A* at = from.at;
   for (int64_t x = 0; x < width; x += kPatch, at += from.pitch)
     for (int64_t channel = 0; channel < channels; channel += kLanes<A>) {
-      Vector<A> points[kPoints], outputs[kPatch * kPatch], added = {};
+      vector_t<A> points[kPoints], outputs[kPatch * kPatch], added = {};
 #pragma GCC unroll 36
-      for (int i = 0; i < kPoints; ++i) points[i] = load_lanes(at + i * from.step + channel);
+      for (int i = 0; i < kPoints; ++i) points[i] = load_vector<A>(at + i * from.step + channel);
       along_both_axes<A, 6, kPatch, points_to_output<A>>(points, outputs);
-      if (bias != nullptr) added = load_lanes(bias + channel);
+      if (bias != nullptr) added = load_vector<A>(bias + channel);
 #pragma GCC unroll 16
       for (int i = 0; i < kPatch * kPatch; ++i) {
         outputs[i] += added;
@@ -161,7 +161,7 @@ void points_to_outputs(const AtPoints<const A>& from, int64_t height, int64_t wi
       if (height == kPatch && width - x >= kPatch && channels - channel >= kLanes<A>) {
 #pragma GCC unroll 16
         for (int i = 0; i < kPatch * kPatch; ++i)
-          store_lanes(outputs[i], patch + i / kPatch * row + i % kPatch * pixel);
+          store_vector<A>(patch + i / kPatch * row + i % kPatch * pixel, outputs[i]);
       } else {
         A values[kPatch * kPatch][kLanes<A>];
         __builtin_memcpy(values, outputs, sizeof(values));
@@ -178,12 +178,12 @@ void points_to_outputs(const AtPoints<const A>& from, int64_t height, int64_t wi
 template <class A>
 void taps_to_points(const A* panel, int64_t values, A* to, int64_t step) {
   for (int64_t i = 0; i < values; i += kLanes<A>) {
-    Vector<A> taps[kTaps], points[kPoints];
+    vector_t<A> taps[kTaps], points[kPoints];
 #pragma GCC unroll 9
-    for (int tap = 0; tap < kTaps; ++tap) taps[tap] = load_lanes(panel + tap * values + i);
+    for (int tap = 0; tap < kTaps; ++tap) taps[tap] = load_vector<A>(panel + tap * values + i);
     along_both_axes<A, 3, 6, window_to_points<A>>(taps, points);
 #pragma GCC unroll 36
-    for (int point = 0; point < kPoints; ++point) store_lanes(points[point], to + point * step + i);
+    for (int point = 0; point < kPoints; ++point) store_vector<A>(to + point * step + i, points[point]);
   }
 }
 
@@ -191,20 +191,20 @@ void taps_to_points(const A* panel, int64_t values, A* to, int64_t step) {
 template <class A>
 void points_to_taps(const A* from, int64_t step, int64_t parts, int64_t part_step, int64_t values, A* panel,
                     bool& finite) {
-  Vector<A> zeros = {};
+  vector_t<A> zeros = {};
   for (int64_t i = 0; i < values; i += kLanes<A>) {
-    Vector<A> points[kPoints], taps[kTaps];
+    vector_t<A> points[kPoints], taps[kTaps];
 #pragma GCC unroll 36
-    for (int point = 0; point < kPoints; ++point) points[point] = load_lanes(from + point * step + i);
+    for (int point = 0; point < kPoints; ++point) points[point] = load_vector<A>(from + point * step + i);
     for (int64_t part = 1; part < parts; ++part)
 #pragma GCC unroll 36
       for (int point = 0; point < kPoints; ++point)
-        points[point] += load_lanes(from + part * part_step + point * step + i);
+        points[point] += load_vector<A>(from + part * part_step + point * step + i);
     along_both_axes<A, 6, 3, points_to_window<A>>(points, taps);
 #pragma GCC unroll 9
     for (int tap = 0; tap < kTaps; ++tap) {
       zeros += taps[tap] - taps[tap];
-      store_lanes(taps[tap], panel + tap * values + i);
+      store_vector<A>(panel + tap * values + i, taps[tap]);
     }
   }
   for (int lane = 0; lane < kLanes<A>; ++lane) finite = finite && zeros[lane] == 0;
