@@ -144,28 +144,28 @@ def write(name: str, runs: Mapping[str, Mapping[str, Any]]) -> None:
 
 def summary() -> str:
     """A table of all suites that were measured, as Markdown."""
+    told = {
+        name: json.loads(path.read_text())["runs"] for name in SUITES if (path := RESULTS / f"{name}.json").exists()
+    }
+    settings = [setting for setting in SETTINGS if any(setting in runs for runs in told.values())]
     lines = [
         "Torch's time / ours, forward + backward: the geometric mean of each suite, by threads and allocation, and the",
         "layers that fall below the suite's floor in some setting. From the JSON files beside this one.",
         "",
-        f"| suite | aim | {' | '.join(SETTINGS)} | below the floor |",
-        f"|---|---|{'---|' * len(SETTINGS)}---|",
+        f"| suite | aim | {' | '.join(settings)} | below the floor |",
+        f"|---|---|{'---|' * len(settings)}---|",
     ]
-    for name, suite in SUITES.items():
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        runs = json.loads(path.read_text())["runs"]
-        means = [f"{runs[setting]['mean_speedup']:.2f}" if setting in runs else "" for setting in SETTINGS]
+    for name, runs in told.items():
+        means = [f"{runs[setting]['mean_speedup']:.2f}" if setting in runs else "" for setting in settings]
         lost: dict[str, float] = {}
         for run in runs.values():
             for layer, speedup in run["lost"].items():
                 lost[layer] = min(speedup, lost.get(layer, speedup))
-        told = "; ".join(
+        names = "; ".join(
             f"{layer} ({speedup:.2f})" for layer, speedup in sorted(lost.items(), key=lambda item: item[1])
         )
-        aim = "" if suite.target is None else f"{suite.target:g}"
-        lines.append(f"| {name} | {aim} | {' | '.join(means)} | {told} |")
+        aim = "" if SUITES[name].target is None else f"{SUITES[name].target:g}"
+        lines.append(f"| {name} | {aim} | {' | '.join(means)} | {names} |")
     return "\n".join(lines) + "\n"
 
 
