@@ -13,33 +13,19 @@ namespace manual_ops {
 
 namespace {
 
-// Windows of contiguous tensors that are long along W, among them the one that is the whole plane: that one as a window
-// of a single row.
-class LongWindows {
- public:
-  explicit LongWindows(const PoolGeometry& g) : geometry(g) {
-    const bool whole = is_whole(g.d) && is_whole(g.h) && is_whole(g.w);
-    apply = !g.channels_last && (whole || g.w.taps >= 64);
-    if (!apply || !whole) return;
-    if (g.divisor_override == 0)
-      geometry.divisor_override = static_cast<double>(g.d.divisor[0] * g.h.divisor[0] * g.w.divisor[0]);
-    const int64_t pixels = g.input_pixels();
-    axes_.push_back(WindowAxis::sliding(1, 1, 1, 1, 0, 1, false));
-    axes_.push_back(WindowAxis::sliding(pixels, 1, pixels, 1, 0, 1, false));
-    geometry.d = geometry.h = axes_[0].view();
-    geometry.w = axes_[1].view();
+// One window that is the whole plane, of contiguous tensors: what it divides by, else 0.
+double whole_plane_divisor(const PoolGeometry& g) {
+  double divisor = 1;
+  for (const AxisView* axis : {&g.d, &g.h, &g.w}) {
+    if (axis->output != 1 || axis->count[0] != axis->input) return 0;
+    divisor *= static_cast<double>(axis->divisor[0]);
   }
-  LongWindows(const LongWindows&) = delete;
+  if (g.channels_last) return 0;
+  return g.divisor_override != 0 ? g.divisor_override : divisor;
+}
 
-  bool apply;
-  PoolGeometry geometry;  // points into the tables below, or into the ones it was made of
-
- private:
-  static bool is_whole(const AxisView& axis) {
-    return axis.input > 0 && axis.output == 1 && axis.count[0] == axis.input;
-  }
-  std::vector<WindowAxis> axes_;
-};
+// Whether windows of contiguous tensors are so long along W that rows need no transposes.
+bool has_long_windows(const PoolGeometry& g) { return !g.channels_last && g.w.taps >= 64; }
 
 Tensor average_pool(const Tensor& input_any, Sizes output_size, Sizes kernel_size, Sizes stride, Sizes padding,
                     bool count_include_pad, int64_t divisor_override, bool channels_last) {
@@ -47,13 +33,19 @@ Tensor average_pool(const Tensor& input_any, Sizes output_size, Sizes kernel_siz
   const PoolWindows windows(input, spatial(input), output_size, kernel_size, stride, padding,
                             Sizes(kernel_size.size(), 1), channels_last, count_include_pad, divisor_override);
   const PoolGeometry& g = windows.geometry;
-  const LongWindows runs(g);
   const Tensor output = new_tensor(with_spatial(input, output_size), input.scalar_type(), input, channels_last);
   for_floating_dtype(input.scalar_type(), "average_pool", [&](auto scalar) {
     using T = decltype(scalar);
-    if (runs.apply) {
+    if (const double divisor = whole_plane_divisor(g); divisor != 0) {
       parallel_for(g.batch * g.channels, g.input_pixels(), [&](int64_t begin, int64_t end) {
-        MANUAL_OPS_FOR_ISA(average_runs(runs.geometry, data<T>(input), mutable_data<T>(output), begin, end));
+        MANUAL_OPS_FOR_ISA(
+            average_planes(data<T>(input), mutable_data<T>(output), g.input_pixels(), divisor, begin, end));
+      });
+      return;
+    }
+    if (has_long_windows(g)) {
+      parallel_for(g.batch * g.channels, g.input_pixels(), [&](int64_t begin, int64_t end) {
+        MANUAL_OPS_FOR_ISA(average_runs(g, data<T>(input), mutable_data<T>(output), begin, end));
       });
       return;
     }
@@ -73,14 +65,20 @@ Tensor average_spread(const Tensor& grad_any, Sizes input_size, Sizes kernel_siz
   const PoolWindows windows(grad_output, input_size, spatial(grad_output), kernel_size, stride, padding,
                             Sizes(kernel_size.size(), 1), channels_last, count_include_pad, divisor_override);
   const PoolGeometry& g = windows.geometry;
-  const LongWindows runs(g);
   const Tensor grad_input =
       new_tensor(with_spatial(grad_output, input_size), grad_output.scalar_type(), grad_output, channels_last);
   for_floating_dtype(grad_output.scalar_type(), "average_spread", [&](auto scalar) {
     using T = decltype(scalar);
-    if (runs.apply) {
+    if (const double divisor = whole_plane_divisor(g); divisor != 0) {
       parallel_for(g.batch * g.channels, g.input_pixels(), [&](int64_t begin, int64_t end) {
-        MANUAL_OPS_FOR_ISA(spread_runs(runs.geometry, data<T>(grad_output), mutable_data<T>(grad_input), begin, end));
+        MANUAL_OPS_FOR_ISA(
+            spread_planes(data<T>(grad_output), mutable_data<T>(grad_input), g.input_pixels(), divisor, begin, end));
+      });
+      return;
+    }
+    if (has_long_windows(g)) {
+      parallel_for(g.batch * g.channels, g.input_pixels(), [&](int64_t begin, int64_t end) {
+        MANUAL_OPS_FOR_ISA(spread_runs(g, data<T>(grad_output), mutable_data<T>(grad_input), begin, end));
       });
       return;
     }

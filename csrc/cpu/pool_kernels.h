@@ -564,7 +564,7 @@ struct Divisors {
 };
 
 // Forward, for items begin .. end-1: rows of the input are reduced along W as they are needed and kept in a ring, so
-// that windows that overlap along H share them; then along D and H.
+// that windows that overlap along H share them; then along D and H. Windows that are read in place need no ring.
 template <bool kMax, class T, class U>
 static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* winner, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
@@ -623,7 +623,7 @@ static void pool_forward(const PoolGeometry& g, const T* input, T* output, U* wi
         U* winners = kMax ? ring_winners.data + slot * slot_size : nullptr;
         row_values.data[used] = values;
         row_winners.data[used] = winners;
-        row_inputs.data[used] = input + block.base_input + key * w.input * g.channels;
+        row_inputs.data[used] = input + block.base_input + key * w.input * (lanes_made ? 1 : g.channels);
         bases.data[used] = static_cast<code_t<A>>(((d.tap[od] + i) * h.taps + h.tap[oh] + j) * w.taps);
         if (windows_in_place || keys.data[slot] == key) continue;
         keys.data[slot] = key;
@@ -1019,17 +1019,30 @@ static double sum_of_run(const T* p, int64_t count) {
   return total;
 }
 
+// Average pooling to one output: the mean of whole planes begin .. end-1, which need no transpose.
+template <class T>
+static void average_planes(const T* input, T* output, int64_t pixels, double divisor, int64_t begin, int64_t end) {
+  for (int64_t plane = begin; plane < end; ++plane)
+    output[plane] = static_cast<T>(sum_of_run(input + plane * pixels, pixels) / divisor);
+}
+
+// Its transpose: every element of a plane gets the same share.
+template <class T>
+static void spread_planes(const T* grad_output, T* grad_input, int64_t pixels, double divisor, int64_t begin,
+                          int64_t end) {
+  using A = accumulate_t<T>;
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const T share = static_cast<T>(static_cast<A>(grad_output[plane]) / static_cast<A>(divisor));
+    T* p = grad_input + plane * pixels;
+    for (int64_t i = 0; i < pixels; ++i) p[i] = share;
+  }
+}
+
 // Average pooling of contiguous tensors by windows that are long along W, which need no transposes. For planes begin ..
 // end-1.
 template <class T>
 static void average_runs(const PoolGeometry& g, const T* input, T* output, int64_t begin, int64_t end) {
   const AxisView &d = g.d, &h = g.h, &w = g.w;
-  if (g.output_pixels() == 1 && d.input * h.input == 1) {
-    const double divisor = window_divisor(g, d.divisor[0] * h.divisor[0], 0);
-    for (int64_t plane = begin; plane < end; ++plane)
-      output[plane] = static_cast<T>(sum_of_run(input + plane * w.input + w.first[0], w.count[0]) / divisor);
-    return;
-  }
   for (int64_t plane = begin; plane < end; ++plane) {
     const T* p = input + plane * g.input_pixels();
     T* out = output + plane * g.output_pixels();
@@ -1053,15 +1066,6 @@ static void spread_runs(const PoolGeometry& g, const T* grad_output, T* grad_inp
   using A = accumulate_t<T>;
   constexpr int64_t L = kLanes<A>;
   const AxisView &d = g.d, &h = g.h, &w = g.w;
-  if (g.output_pixels() == 1 && d.input * h.input == 1 && w.count[0] == w.input) {
-    const A divisor = static_cast<A>(window_divisor(g, d.divisor[0] * h.divisor[0], 0));
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const T share = static_cast<T>(static_cast<A>(grad_output[plane]) / divisor);
-      T* to = grad_input + plane * w.input;
-      for (int64_t column = 0; column < w.input; ++column) to[column] = share;
-    }
-    return;
-  }
   const bool past_caches = elementwise_goes_past_caches<T>(g.batch * g.channels * g.input_pixels());
   Buffer<A> shares(w.input);
   for (int64_t plane = begin; plane < end; ++plane) {
