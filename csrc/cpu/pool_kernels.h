@@ -987,15 +987,6 @@ static void place(const PoolGeometry& g, const T* grad_output, const U* winner, 
   }
 }
 
-// The sum of a vector's lanes, halves to halves.
-template <int kHalf, class V, int... kLane>
-static inline auto sum_of(V vector, std::integer_sequence<int, kLane...> lanes) {
-  if constexpr (kHalf == 0)
-    return vector[0];
-  else
-    return sum_of<kHalf / 2>(vector + __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...), lanes);
-}
-
 // The sum of neighbouring elements: in kSums vectors side by side, so that neither latency nor rounding grows with
 // every element.
 template <class T>
@@ -1012,7 +1003,7 @@ static double sum_of_run(const T* p, int64_t count) {
       for (int s = 0; s < kSums; ++s) sums[s] += load_vector<A>(p + i + s * L);
     }
     for (; i + L <= stop; i += L) sums[0] += load_vector<A>(p + i);
-    A sum = sum_of<L / 2>((sums[0] + sums[1]) + (sums[2] + sums[3]), std::make_integer_sequence<int, L>());
+    A sum = sum_of_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < stop; ++i) sum += static_cast<A>(p[i]);
     total += sum;
   }

@@ -79,20 +79,10 @@ template <class V>
   return a > b ? a : b;
 }
 
-// All lanes combined, in halves.
-template <class A, int kHalf, class Combine, int... kLane>
-[[gnu::always_inline]] static inline A fold(vector_t<A> v, const Combine& combine,
-                                            std::integer_sequence<int, kLane...> lanes) {
-  if constexpr (kHalf == 0)
-    return v[0];
-  else
-    return fold<A, kHalf / 2>(combine(v, __builtin_shufflevector(v, v, (kLane ^ kHalf)...)), combine, lanes);
-}
 template <class A>
 [[gnu::always_inline]] static inline A largest_of(const vector_t<A>* parts) {
-  return fold<A, kLanes<A> / 2>(
-      larger(larger(parts[0], parts[1]), larger(parts[2], parts[3])), [](auto a, auto b) { return larger(a, b); },
-      std::make_integer_sequence<int, kLanes<A>>());
+  return fold<A>(larger(larger(parts[0], parts[1]), larger(parts[2], parts[3])),
+                 [](auto a, auto b) { return larger(a, b); });
 }
 template <int kCount, class V>
 [[gnu::always_inline]] static inline V sum_of_vectors(const V* parts) {
@@ -103,9 +93,7 @@ template <int kCount, class V>
 }
 template <class A>
 [[gnu::always_inline]] static inline A sum_of_row(const vector_t<A>* parts) {
-  return fold<A, kLanes<A> / 2>(
-      sum_of_vectors<kRowSums>(parts), [](auto a, auto b) { return a + b; },
-      std::make_integer_sequence<int, kLanes<A>>());
+  return sum_of_lanes<A>(sum_of_vectors<kRowSums>(parts));
 }
 
 // The largest value; NaN is passed over, it comes back in the sum of exponentials. -infinity for no value.

@@ -145,6 +145,16 @@ template <class A, class T>
 }
 template <class A, class T>
 [[gnu::always_inline]] static inline vector_t<A> load(const T* p, FirstLanes lanes, A padding = 0) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && std::is_same_v<T, A>) {
+    const vector_t<A> otherwise = padding - vector_t<A>{};
+    const uint32_t mask = (uint32_t{1} << lanes.count) - 1;
+    if constexpr (std::is_same_v<T, float>)
+      return reinterpret_cast<vector_t<A>>(_mm512_mask_loadu_ps(reinterpret_cast<__m512>(otherwise), mask, p));
+    if constexpr (std::is_same_v<T, double>)
+      return reinterpret_cast<vector_t<A>>(_mm512_mask_loadu_pd(reinterpret_cast<__m512d>(otherwise), mask, p));
+  }
+#endif
   A values[kLanes<A>];
   for (int lane = 0; lane < kLanes<A>; ++lane) values[lane] = padding;
   for (int lane = 0; lane < lanes.count; ++lane) values[lane] = static_cast<A>(p[lane]);
@@ -156,6 +166,13 @@ template <class A, class T>
 }
 template <class A, class T>
 [[gnu::always_inline]] static inline void store(T* p, vector_t<A> vector, FirstLanes lanes) {
+#if defined(__x86_64__)
+  if constexpr (kVectorBytes == 64 && std::is_same_v<T, A>) {
+    const uint32_t mask = (uint32_t{1} << lanes.count) - 1;
+    if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(vector));
+    if constexpr (std::is_same_v<T, double>) return _mm512_mask_storeu_pd(p, mask, reinterpret_cast<__m512d>(vector));
+  }
+#endif
   A values[kLanes<A>];
   store_vector<A>(values, vector);
   for (int lane = 0; lane < lanes.count; ++lane) p[lane] = static_cast<T>(values[lane]);
@@ -226,6 +243,24 @@ static inline void deliver(const A* values, T* out, int64_t count, bool past_cac
   }
 }
 
+// All lanes combined, halves with halves.
+template <class A, int kHalf, class Combine, int... kLane>
+[[gnu::always_inline]] static inline A fold_from(vector_t<A> v, const Combine& combine,
+                                                 std::integer_sequence<int, kLane...> lanes) {
+  if constexpr (kHalf == 0)
+    return v[0];
+  else
+    return fold_from<A, kHalf / 2>(combine(v, __builtin_shufflevector(v, v, (kLane ^ kHalf)...)), combine, lanes);
+}
+template <class A, class Combine>
+[[gnu::always_inline]] static inline A fold(vector_t<A> v, const Combine& combine) {
+  return fold_from<A, kLanes<A> / 2>(v, combine, std::make_integer_sequence<int, kLanes<A>>());
+}
+template <class A>
+[[gnu::always_inline]] static inline A sum_of_lanes(vector_t<A> v) {
+  return fold<A>(v, [](auto a, auto b) { return a + b; });
+}
+
 // One step of a matrix transpose: swaps the off-diagonal squares of size kSquare between rows a and b.
 template <int kSquare, class V, int... kLane>
 static inline void exchange(V& a, V& b, std::integer_sequence<int, kLane...>) {
@@ -253,14 +288,23 @@ static inline void transpose_from(vector_t<A>* rows) {
   }
 }
 
-// A square of kLanes x kLanes elements, its rows `pitch` apart, written as columns.
-template <class A, class From, class To>
-[[gnu::always_inline]] static inline void transpose_square(const From* from, int64_t pitch, To* to, int64_t to_pitch) {
+// A square of kLanes x kLanes elements, its rows `pitch` apart, written as columns; or the first few rows and columns.
+template <class A, class From, class To, class Rows = AllLanes, class Columns = AllLanes>
+[[gnu::always_inline]] static inline void transpose_square(const From* from, int64_t pitch, To* to, int64_t to_pitch,
+                                                           Rows rows_in_use = {}, Columns columns_in_use = {}) {
   constexpr int L = kLanes<A>;
+  const auto is_in_use = [](int i, auto lanes) {
+    if constexpr (std::is_same_v<decltype(lanes), FirstLanes>)
+      return i < lanes.count;
+    else
+      return true;
+  };
   vector_t<A> rows[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) pin(rows[i] = load_vector<A>(from + i * pitch));
+  for (int i = 0; i < L; ++i)
+    pin(rows[i] = is_in_use(i, rows_in_use) ? load<A>(from + i * pitch, columns_in_use) : vector_t<A>{});
   transpose_from<L / 2, A>(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store_vector<A>(to + i * to_pitch, rows[i]);
+  for (int i = 0; i < L; ++i)
+    if (is_in_use(i, columns_in_use)) store<A>(to + i * to_pitch, rows[i], rows_in_use);
 }

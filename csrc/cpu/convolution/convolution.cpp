@@ -11,7 +11,7 @@ template <class T>
 void gather(const GatherPlan& plan, const WeightLayout& layout, bool channels_last, bool fast, const Tensor& source,
             const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& destination) {
   const T* bias_data = bias ? data<T>(*bias) : nullptr;
-  if (depthwise_serves(plan))
+  if (depthwise_serves<T>(plan, channels_last))
     depthwise_gather<T>(plan, layout, channels_last, data<T>(source), data<T>(weight), bias_data,
                         mutable_data<T>(destination));
   else if (planar_serves(plan))
@@ -72,9 +72,11 @@ Tensor conv_weight_grad(const Tensor& grad_output, const Tensor& input, const Si
   const WeightLayout layout{window, g.out_channels * window.image, window.image, window.channel};
   for_floating_dtype(grad_output.scalar_type(), "conv_weight_grad", [&](auto scalar) {
     using T = decltype(scalar);
-    if (depthwise_serves(plan))
+    if (depthwise_serves<T>(plan, c.channels_last))
       depthwise_weight_grad<T>(plan, layout, c.channels_last, data<T>(c.input), data<T>(c.output),
                                mutable_data<T>(c.weight));
+    else if (planar_serves_weight_grad(plan))
+      planar_weight_grad<T>(plan, layout, data<T>(c.input), data<T>(c.output), mutable_data<T>(c.weight));
     else if (fast && winograd_serves(plan))
       winograd_weight_grad<T>(plan, layout, data<T>(c.input), data<T>(c.output), mutable_data<T>(c.weight));
     else

@@ -34,11 +34,15 @@ template <class T>
 void dense_gather_blocks(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight,
                          const T* bias, T* destination, const std::vector<Block>& blocks);
 
-// Few channels of the destination: planar_kernels.h.
+// Few channels a group: planar_kernels.h.
 bool planar_serves(const Gather& plan);
 template <class T>
 void planar_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                    T* destination);
+bool planar_serves_weight_grad(const Gather& plan);
+template <class T>
+void planar_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
+                        T* grad_weight);
 
 // Windows of 3 x 3 taps at stride 1, with enough channels, by F(4x4, 3x3): winograd_kernels.h.
 bool winograd_serves(const Gather& plan);
@@ -49,9 +53,10 @@ template <class T>
 void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
                           T* grad_weight);
 
-// One channel a group on either side, and more groups than one. The source and the destination are both channels_last,
-// or both contiguous.
-bool depthwise_serves(const Gather& plan);
+// One channel a group on either side, or few in channels_last tensors. The source and the destination are both
+// channels_last, or both contiguous.
+template <class T>
+bool depthwise_serves(const Gather& plan, bool channels_last);
 template <class T>
 void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool channels_last, const T* source,
                       const T* weight, const T* bias, T* destination);

@@ -6,21 +6,32 @@ template <class From, class To>
 void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t rows, int64_t columns) {
   using A = accumulate_t<From>;
   constexpr int kSide = kLanes<A>;
-  if (rows < kSide || columns < kSide) {
+  if (3 * rows < kSide || 3 * columns < kSide) {  // a square would be mostly empty
     for (int64_t column = 0; column < columns; ++column)
       for (int64_t row = 0; row < rows; ++row)
         to[column * to_pitch + row] = static_cast<To>(static_cast<A>(from[row * from_pitch + column]));
     return;
   }
-  // The last square of a row or column of squares overlaps the one before it.
-  for (int64_t r = 0; r < rows; r += kSide) {
-    const int64_t row = r + kSide <= rows ? r : rows - kSide;
-    for (int64_t c = 0; c < columns; c += kSide) {
-      const int64_t column = c + kSide <= columns ? c : columns - kSide;
-      const From* square = from + row * from_pitch + column;
-      transpose_square<A>(square, from_pitch, to + column * to_pitch + row, to_pitch);
+  const auto squares = [&](auto height, auto width) {
+    // The last square of a row or column of squares overlaps the one before it.
+    for (int64_t r = 0; r < rows; r += kSide) {
+      const int64_t row = r + kSide <= rows ? r : rows < kSide ? 0 : rows - kSide;
+      for (int64_t c = 0; c < columns; c += kSide) {
+        const int64_t column = c + kSide <= columns ? c : columns < kSide ? 0 : columns - kSide;
+        transpose_square<A>(from + row * from_pitch + column, from_pitch, to + column * to_pitch + row, to_pitch,
+                            height, width);
+      }
     }
-  }
+  };
+  const FirstLanes few_rows{static_cast<int>(rows)}, few_columns{static_cast<int>(columns)};
+  if (rows >= kSide && columns >= kSide)
+    squares(AllLanes{}, AllLanes{});
+  else if (rows >= kSide)
+    squares(AllLanes{}, few_columns);
+  else if (columns >= kSide)
+    squares(few_rows, AllLanes{});
+  else
+    squares(few_rows, few_columns);
 }
 
 template <class From, class To>
@@ -28,7 +39,10 @@ void convert(const From* from, To* to, int64_t count) {
   using A = accumulate_t<From>;
   int64_t i = 0;
   for (; i + kLanes<A> <= count; i += kLanes<A>) store_vector<A>(to + i, load_vector<A>(from + i));
-  for (; i < count; ++i) to[i] = static_cast<To>(static_cast<A>(from[i]));
+  if (i < count) {
+    const FirstLanes rest{static_cast<int>(count - i)};
+    store<A>(to + i, load<A>(from + i, rest), rest);
+  }
 }
 
 template <class A>

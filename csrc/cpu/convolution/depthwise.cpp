@@ -1,4 +1,5 @@
-// Depthwise convolution: every channel has a window of its own, so that there is nothing to multiply blocks of.
+// Depthwise convolution: every channel has a window of its own, so that there is nothing to multiply blocks of. Also
+// groups of so few channels that a vector holds some of them, of channels_last tensors.
 #include <utility>
 
 #include "cpu/caches.h"
@@ -12,6 +13,7 @@ namespace manual_ops {
 // sources (of one tap in destinations), at which it meets a source inside; that of position 0 is `source`.
 struct DepthwiseTap {
   int64_t source, weight, begin, end;
+  int64_t member;  // which channel of its group
 };
 
 // Element (z, y, x) of an operand lies at origin + z*depth + y*row + x*column. A packed one holds only the depths that
@@ -123,46 +125,60 @@ struct PartList {
 
 int64_t copied_planes(const Gather& plan) { return std::min(plan.axis[0].taps, plan.axis[0].source); }
 
-// [tap][channel], in the accumulation type and in the plan's order of taps; a vector may be read past the end.
+int64_t all_channels(const Gather& plan) { return plan.groups * plan.channels; }
+
+// [tap][source channel of a group][channel], in the accumulation type and in the plan's order of taps; a vector may be
+// read past the end.
 template <class T>
 std::vector<accumulate_t<T>> packed_weight(const Gather& plan, const WeightLayout& layout, const T* weight) {
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const int64_t taps = plan.taps();
-  std::vector<accumulate_t<T>> packed(plan.groups * taps + kMostLanes);
-  for (int64_t channel = 0; channel < plan.groups; ++channel)
-    for (int64_t tap = 0; tap < taps; ++tap)
-      packed[tap * plan.groups + channel] = static_cast<accumulate_t<T>>(weight[channel * layout.group + offsets[tap]]);
+  std::vector<accumulate_t<T>> packed(plan.taps() * plan.source_channels * all_channels(plan) + kMostLanes);
+  auto to = packed.begin();
+  for (const int64_t offset : offsets)
+    for (int64_t source_channel = 0; source_channel < plan.source_channels; ++source_channel)
+      for (int64_t channel = 0; channel < all_channels(plan); ++channel)
+        *to++ = static_cast<accumulate_t<T>>(
+            weight[channel / plan.channels * layout.group + channel % plan.channels * layout.channel_step +
+                   source_channel * layout.source_step + offset]);
   return packed;
 }
 
 // Channels_last tensors that need no conversion are read in place, vectors over their channels.
 template <class T>
 bool in_place(const Gather& plan, bool channels_last, int64_t lanes) {
-  return std::is_same_v<T, accumulate_t<T>> && channels_last && plan.groups >= lanes;
+  return std::is_same_v<T, accumulate_t<T>> && channels_last && all_channels(plan) >= lanes;
 }
 
 }  // namespace
 
-bool depthwise_serves(const Gather& plan) { return plan.source_channels == 1 && plan.channels == 1 && plan.groups > 1; }
+template <class T>
+bool depthwise_serves(const Gather& plan, bool channels_last) {
+  if (plan.groups == 1 || plan.source_channels != plan.channels) return false;
+  if (plan.channels == 1) return true;
+  const int64_t lanes = vector_lanes<accumulate_t<T>>();
+  return channels_last && plan.channels < lanes && lanes % plan.channels == 0 && all_channels(plan) >= lanes &&
+         isa() != Isa::plain;  // which moves lanes one by one
+}
 
 template <class T>
 void depthwise_gather(const Gather& plan, const WeightLayout& layout, bool channels_last, const T* source,
                       const T* weight, const T* bias, T* destination) {
   using A = accumulate_t<T>;
-  const int64_t lanes = vector_lanes<A>(), taps = plan.taps();
+  const int64_t lanes = vector_lanes<A>(), taps = plan.taps() * plan.source_channels;
   const std::vector<A> packed = packed_weight(plan, layout, weight);
-  std::vector<A> wide_bias(plan.groups + kMostLanes);
+  std::vector<A> wide_bias(all_channels(plan) + kMostLanes);
   if (bias != nullptr)
-    for (int64_t channel = 0; channel < plan.groups; ++channel) wide_bias[channel] = static_cast<A>(bias[channel]);
-  const ChannelVectors vectors(lanes, plan.groups);
+    for (int64_t channel = 0; channel < all_channels(plan); ++channel)
+      wide_bias[channel] = static_cast<A>(bias[channel]);
+  const ChannelVectors vectors(lanes, all_channels(plan));
   const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
 
   if constexpr (std::is_same_v<T, A>) {
     if (in_place<T>(plan, channels_last, lanes)) {
-      const bool past_caches =
-          goes_past_caches(destination, plan.batch * plan.destination.image * sizeof(A), plan.groups * sizeof(A));
+      const bool past_caches = goes_past_caches(destination, plan.batch * plan.destination.image * sizeof(A),
+                                                all_channels(plan) * sizeof(A));
       parallel_for(plan.batch * plan.axis[0].destination * height.destination,
-                   width.destination * plan.groups * taps / 8, [&](int64_t begin, int64_t end) {
+                   width.destination * all_channels(plan) * taps / 8, [&](int64_t begin, int64_t end) {
                      std::vector<DepthwiseTap> list(taps);
                      MANUAL_OPS_FOR_ISA(depthwise_rows(plan, begin, end, source, packed.data(), wide_bias.data(),
                                                        destination, past_caches, list.data()));
@@ -193,9 +209,10 @@ void depthwise_weight_grad(const Gather& plan, const WeightLayout& layout, bool 
                            const T* grad_output, T* grad_weight) {
   using A = accumulate_t<T>;
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const int64_t lanes = vector_lanes<A>(), taps = plan.taps();
-  const ChannelVectors vectors(lanes, plan.groups);
-  const bool direct = in_place<T>(plan, channels_last, lanes);
+  const int64_t lanes = vector_lanes<A>(), taps = plan.taps() * plan.channels;
+  const ChannelVectors vectors(lanes, all_channels(plan));
+  // Channels of groups are read again and again: from a copy, in which a vector's do not lie powers of two apart.
+  const bool direct = in_place<T>(plan, channels_last, lanes) && plan.channels == 1;
   const PartList parts =
       direct ? PartList(plan) : PartList(plan, copied_planes(plan) * lanes * sizeof(A), vectors.count);
   const auto [sources, destinations] = parts.pixels(plan);
@@ -221,18 +238,21 @@ void depthwise_weight_grad(const Gather& plan, const WeightLayout& layout, bool 
               sums.data() + (share * vectors.count + vector) * taps * lanes, copy.data(), grad.data(), inside.data()));
     }
   });
-  for (int64_t channel = 0; channel < plan.groups; ++channel) {
+  // [share][vector][channel of the output in its group][tap][lane, a channel of the input]
+  for (int64_t channel = 0; channel < all_channels(plan); ++channel) {
     const int64_t vector = channel / vectors.lanes, lane = channel - vectors.first(vector);
-    for (int64_t tap = 0; tap < taps; ++tap) {
+    for (int64_t index = 0; index < taps; ++index) {
       A sum = 0;
       for (int64_t share = 0; share < shares; ++share)
-        sum += sums[((share * vectors.count + vector) * taps + tap) * lanes + lane];
-      grad_weight[channel * layout.group + offsets[tap]] = static_cast<T>(sum);
+        sum += sums[((share * vectors.count + vector) * taps + index) * lanes + lane];
+      grad_weight[channel / plan.channels * layout.group + index / plan.taps() * layout.channel_step +
+                  channel % plan.channels * layout.source_step + offsets[index % plan.taps()]] = static_cast<T>(sum);
     }
   }
 }
 
 #define INSTANTIATE(T)                                                                                           \
+  template bool depthwise_serves<T>(const Gather&, bool);                                                        \
   template void depthwise_gather<T>(const Gather&, const WeightLayout&, bool, const T*, const T*, const T*, T*); \
   template void depthwise_weight_grad<T>(const Gather&, const WeightLayout&, bool, const T*, const T*, T*);
 INSTANTIATE(double)

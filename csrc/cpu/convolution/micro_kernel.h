@@ -8,6 +8,8 @@
 
 // 14 x 2 accumulators, 2 vectors of b and the broadcast fill the 32 registers of AVX-512; 6 x 2 the 16 of AVX2 and SSE.
 constexpr int kMaxTileRows = kVectorBytes == 64 ? 14 : 6;
+// Tiles of so few rows may be twice as wide, 4 x 4 accumulators.
+constexpr int kWideTileRows = kVectorBytes == 64 ? 4 : 0;
 
 template <class A>
 struct Tile {
@@ -44,7 +46,7 @@ template <class A, int kRows, int kVectors>
     const A* b = tile.b + tile.runs[r].b;
     for (int64_t j = tile.run_length; j > 0; --j) {
       V right[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) __builtin_memcpy(&right[v], b + v * kLanes<A>, sizeof(V));
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
@@ -52,7 +54,7 @@ template <class A, int kRows, int kVectors>
         const int k = i < kSplit ? i : i - kSplit;
         const int64_t offset = k == 0 ? 0 : k == 3 ? row3 : k == 5 ? row5 : k == 6 ? 2 * row3 : k == 7 ? row7 : k * row;
         const V left = *reinterpret_cast<const A*>(base + offset) - V{};  // a broadcast; V{} + x is two instructions
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
       }
       low += tile.a_step * static_cast<int64_t>(sizeof(A));
@@ -63,7 +65,7 @@ template <class A, int kRows, int kVectors>
     }
   }
   if (tile.bias != nullptr) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       V bias;
       __builtin_memcpy(&bias, tile.bias + v * kLanes<A>, sizeof(V));
@@ -81,7 +83,7 @@ template <class A, int kRows, int kVectors>
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       A* c = tile.c + i * tile.c_row + v * kLanes<A>;
       V before;
@@ -99,7 +101,7 @@ void multiply_tile_of(int64_t rows, const Tile<A>& tile) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return multiply_tile_of<A, kVectors, kRows - 1>(rows, tile);
   }
-  multiply_tile<A, kRows, kVectors>(tile);
+  if constexpr (kRows > 0) multiply_tile<A, kRows, kVectors>(tile);
 }
 
 // A panel is the columns of b that a tile multiplies at once: one vector, or two where there is more than one.
@@ -131,7 +133,9 @@ void multiply_rows(int64_t rows, const Tile<A>& whole) {
         const int64_t first_row = rows * index / tiles, row_count = rows * (index + 1) / tiles - first_row;
         tile.a = whole.a + first_row * tile.a_row + first_step * tile.a_step;
         tile.c = whole.c + first_row * tile.c_row;
-        if (tile.columns > kLanes<A>)
+        if (tile.columns > 2 * kLanes<A>)
+          multiply_tile_of<A, 4, kWideTileRows>(row_count, tile);
+        else if (tile.columns > kLanes<A>)
           multiply_tile_of<A, 2>(row_count, tile);
         else
           multiply_tile_of<A, 1>(row_count, tile);
