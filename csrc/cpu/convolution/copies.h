@@ -50,14 +50,17 @@ void fill_zero(A* to, int64_t count) {
   if (count > 0) __builtin_memset(to, 0, count * sizeof(A));
 }
 
-// `channels` channels of `pixels` neighbouring pixels, from any layout to [pixel][to_pitch].
+// `channels` channels of `pixels` neighbouring pixels, from any layout to [pixel][to_pitch]. Of channels_last pixels
+// what lies `ahead` of them, if not 0, is fetched into the caches.
 template <class T>
 void copy_in(const T* from, const Layout& layout, int64_t channels, int64_t pixels, accumulate_t<T>* to,
-             int64_t to_pitch) {
+             int64_t to_pitch, int64_t ahead = 0) {
   if (layout.channel != 1) return transpose(from, layout.channel, to, to_pitch, channels, pixels);
   if (layout.axis[2] == channels && to_pitch == channels) return convert(from, to, pixels * channels);
-  for (int64_t pixel = 0; pixel < pixels; ++pixel)
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    if (ahead != 0) __builtin_prefetch(from + pixel * layout.axis[2] + ahead);
     convert(from + pixel * layout.axis[2], to + pixel * to_pitch, channels);
+  }
 }
 
 // The way back.

@@ -217,10 +217,10 @@ void depthwise_weight_grad(const Gather& plan, const WeightLayout& layout, bool 
       direct ? PartList(plan) : PartList(plan, copied_planes(plan) * lanes * sizeof(A), vectors.count);
   const auto [sources, destinations] = parts.pixels(plan);
   const int64_t columns = ceil_div(plan.axis[2].destination, parts.column_blocks);
-  // The parts are summed in shares, whose sums are added in their order: threads do not show in the bits. In place, all
-  // channels of a share are one item of work, so that rows are read from end to end.
-  const int64_t shares = std::min(parts.count(), direct ? kShares : ceil_div(kLeastParts, vectors.count));
-  const int64_t together = direct ? vectors.count : 1;
+  // The parts are summed in shares, whose sums are added in their order: threads do not show in the bits. Of
+  // channels_last tensors all channels of a share are one item of work, so that rows are read from end to end.
+  const int64_t together = channels_last ? vectors.count : 1;
+  const int64_t shares = std::min(parts.count(), channels_last ? kShares : ceil_div(kLeastParts, vectors.count));
   std::vector<A> sums(shares * vectors.count * taps * lanes);
   const int64_t work = parts.count() / shares * destinations * together * taps / 4;
   parallel_for(shares * vectors.count / together, work, [&](int64_t begin, int64_t end) {

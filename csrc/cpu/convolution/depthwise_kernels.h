@@ -225,16 +225,16 @@ void depthwise_rows(const Gather& plan, int64_t begin, int64_t end, const A* sou
   if (past_caches) finish_stores_past_caches();
 }
 
-// Rows and columns of a plane of `channels` channels to [row][column][lane].
+// Rows and columns of a plane of `channels` channels to [row][column][lane]. Channels_last, the next lanes come next.
 template <class T>
 void pack_lanes(const T* plane, const Layout& layout, int64_t width, Range rows, Range columns, int64_t channels,
                 accumulate_t<T>* to) {
   constexpr int kPitch = kLanes<accumulate_t<T>>;
   if (columns.size() == width)
-    return copy_in(plane + rows.begin * layout.axis[1], layout, channels, rows.size() * width, to, kPitch);
+    return copy_in(plane + rows.begin * layout.axis[1], layout, channels, rows.size() * width, to, kPitch, channels);
   for (int64_t row = rows.begin; row < rows.end; ++row, to += columns.size() * kPitch)
-    copy_in(plane + row * layout.axis[1] + columns.begin * layout.axis[2], layout, channels, columns.size(), to,
-            kPitch);
+    copy_in(plane + row * layout.axis[1] + columns.begin * layout.axis[2], layout, channels, columns.size(), to, kPitch,
+            channels);
 }
 
 template <class T>

@@ -48,9 +48,9 @@ PlanarCopy planar_copy(const Gather& plan, const Block& block) {
           std::min(plan.axis[0].taps, plan.axis[0].source)};
 }
 
-// From row to row of a block's sums, or gradients.
+// From channel to channel of a block's sums, or gradients, with room for the vector that ends the last row.
 int64_t planar_places(const PlanarCopy& copy, const Block& block) {
-  return round_up(block.rows.size() * std::max(copy.pitch, block.columns.size()), kMostPlaces);
+  return round_up(block.rows.size() * std::max(copy.pitch, block.columns.size()) + kMostLanes, kMostPlaces);
 }
 
 }  // namespace
@@ -104,20 +104,25 @@ struct PlanarBlocks {
   }
 };
 
+// Beyond so many channels the dense convolution serves: sooner where they lie together.
+int64_t most_channels(const Gather& plan) {
+  return plan.groups == 1 || plan.destination.channel == 1 ? kMostLanes / 2 : kMostLanes;
+}
+
 }  // namespace
 
 bool planar_serves(const Gather& plan) {
   const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
   const int64_t rows = ceil_div(height.destination, height.phases), columns = ceil_div(width.destination, width.phases);
   const int64_t pitch = columns + (width.taps > 0 ? width.offset[width.taps - 1] - width.offset[0] : 0) / width.step;
-  const int64_t most = plan.groups == 1 || plan.destination.channel == 1 ? kMostLanes / 2 : kMostLanes;
   const int64_t of_places = filled(rows * columns, round_up((rows - 1) * pitch + columns, kMostLanes));
-  return plan.channels <= most && (of_places > filled(plan.channels, round_up(plan.channels, kMostLanes)) ||
-                                   (plan.channels > kMostLanes / 2 && of_places > 75));
+  return plan.channels <= most_channels(plan) &&
+         (of_places > filled(plan.channels, round_up(plan.channels, kMostLanes)) ||
+          (plan.channels > kMostLanes / 2 && of_places > 75));
 }
 
 bool planar_serves_weight_grad(const Gather& plan) {
-  return plan.groups > 1 && plan.source_channels <= kMostLanes && plan.channels <= kMostLanes;
+  return plan.groups > 1 && std::max(plan.source_channels, plan.channels) <= most_channels(plan);
 }
 
 template <class T>

@@ -262,10 +262,10 @@ void planar_weight_grad_block(const Gather& plan, const Block& block, const Plan
   for (int64_t group = 0; group < groups.size(); ++group)
     for (int64_t row = 0; row < plan.channels; row += 4) {
       const auto multiply = [&](auto rows) {
-        multiply_planes_of<A, decltype(rows)::value>(grads + (group * plan.channels + row) * places, places,
-                                                     inputs + group * plan.source_channels * copy.channel, runs,
-                                                     run - runs, rounded,
-                                                     sums + (group * plan.channels + row) * sums_row, sums_row);
+        multiply_planes_of<A, decltype(rows)::value>(
+            grads + (group * plan.channels + row) * places, places,
+            inputs + group * plan.source_channels * copy.channel, runs, run - runs, rounded,
+            sums + (group * plan.channels + row) * sums_row * kLanes<A>, sums_row);
       };
       const int64_t left = plan.channels - row;
       left >= 4   ? multiply(std::integral_constant<int, 4>())
