@@ -36,6 +36,15 @@ Isa isa() {
   return value;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool value = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return value;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa value) { return value == Isa::avx512 ? "avx512" : value == Isa::avx2 ? "avx2" : "plain"; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(manual_ops, m) { m.def("cpu_isa() -> str"); }

@@ -154,6 +154,13 @@ template <class A, class T>
     if constexpr (std::is_same_v<T, double>)
       return reinterpret_cast<vector_t<A>>(_mm512_mask_loadu_pd(reinterpret_cast<__m512d>(otherwise), mask, p));
   }
+  if constexpr (kVectorBytes == 64 && sizeof(T) == 2 && std::is_same_v<A, float>) {
+    const uint32_t mask = (uint32_t{1} << lanes.count) - 1;
+    const __m256i some = _mm256_maskz_loadu_epi16(mask, p);
+    const vector_t<A> loaded = load_vector<A>(reinterpret_cast<const T*>(&some));
+    return reinterpret_cast<vector_t<A>>(
+        _mm512_mask_mov_ps(_mm512_set1_ps(padding), mask, reinterpret_cast<__m512>(loaded)));
+  }
 #endif
   A values[kLanes<A>];
   for (int lane = 0; lane < kLanes<A>; ++lane) values[lane] = padding;
@@ -171,6 +178,11 @@ template <class A, class T>
     const uint32_t mask = (uint32_t{1} << lanes.count) - 1;
     if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, mask, reinterpret_cast<__m512>(vector));
     if constexpr (std::is_same_v<T, double>) return _mm512_mask_storeu_pd(p, mask, reinterpret_cast<__m512d>(vector));
+  }
+  if constexpr (kVectorBytes == 64 && sizeof(T) == 2 && std::is_same_v<A, float>) {
+    __m256i all;
+    store_vector<A>(reinterpret_cast<T*>(&all), vector);
+    return _mm256_mask_storeu_epi16(p, (uint32_t{1} << lanes.count) - 1, all);
   }
 #endif
   A values[kLanes<A>];

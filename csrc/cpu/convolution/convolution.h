@@ -20,6 +20,12 @@ struct Run {
   int64_t a, b;
 };
 
+// Two numbers that one step of the micro-kernel multiplies, kPairsAtOnce of them packed at a time.
+struct Bfloat16Pair {
+  uint16_t first, second;
+};
+constexpr int64_t kPairsAtOnce = 8;
+
 template <class T>
 void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                   T* destination);

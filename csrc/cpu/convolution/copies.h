@@ -1,6 +1,16 @@
 // Copies between the layouts of tensors and the channels-last blocks that the micro-kernel works on.
 #include "cpu/vectors.h"
 
+// The taps of axis `axis` that destination `position` meets inside the source: tap index and source, one after another.
+template <class Body>
+inline void for_taps(const GatherAxis& axis, int64_t position, const Body& body) {
+  const int64_t phase = position % axis.phases, first = position / axis.phases * axis.step;
+  for (int64_t tap = axis.first[phase]; tap < axis.first[phase + 1]; ++tap) {
+    const int64_t source = first + axis.offset[tap];
+    if (source >= 0 && source < axis.source) body(tap, source);
+  }
+}
+
 // to[column][row] = from[row][column]
 template <class From, class To>
 void transpose(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t rows, int64_t columns) {
@@ -47,14 +57,14 @@ void convert(const From* from, To* to, int64_t count) {
 
 template <class A>
 void fill_zero(A* to, int64_t count) {
-  if (count > 0) __builtin_memset(to, 0, count * sizeof(A));
+  if (count > 0) __builtin_memset(static_cast<void*>(to), 0, count * sizeof(A));
 }
 
 // `channels` channels of `pixels` neighbouring pixels, from any layout to [pixel][to_pitch]. Of channels_last pixels
 // what lies `ahead` of them, if not 0, is fetched into the caches.
-template <class T>
-void copy_in(const T* from, const Layout& layout, int64_t channels, int64_t pixels, accumulate_t<T>* to,
-             int64_t to_pitch, int64_t ahead = 0) {
+template <class T, class To>
+void copy_in(const T* from, const Layout& layout, int64_t channels, int64_t pixels, To* to, int64_t to_pitch,
+             int64_t ahead = 0) {
   if (layout.channel != 1) return transpose(from, layout.channel, to, to_pitch, channels, pixels);
   if (layout.axis[2] == channels && to_pitch == channels) return convert(from, to, pixels * channels);
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -73,9 +83,9 @@ void copy_out(const accumulate_t<T>* from, int64_t from_pitch, T* to, const Layo
 }
 
 // Rows x columns of one plane to [row][column][channel]; columns outside the plane are zero.
-template <class T>
+template <class T, class To>
 void copy_padded(const T* plane, const Layout& layout, int64_t width, Range rows, Range columns, int64_t channels,
-                 accumulate_t<T>* to) {
+                 To* to) {
   const int64_t left = columns.begin < 0 ? 0 : columns.begin;
   const int64_t right = columns.end > width ? width : columns.end;
   for (int64_t row = rows.begin; row < rows.end; ++row) {

@@ -30,19 +30,32 @@ struct Panels {
   }
 };
 
-// The blocks block_of(0) .. block_of(count - 1), each at most as large as the blocking's.
-template <class T, class BlockOf>
+// The source channels of a plan that counts pairs of them.
+Gather in_pairs(Gather plan) {
+  plan.source_channels /= 2;
+  return plan;
+}
+
+// Whether the micro-kernel multiplies pairs of bfloat16, instead of their values in float32.
+template <class T>
+bool multiplies_pairs() {
+  return std::is_same_v<T, BFloat16> && multiplies_bfloat16();
+}
+
+// The blocks block_of(0) .. block_of(count - 1), each at most as large as the blocking's. The plan counts source
+// channels in E.
+template <class E, class T, class BlockOf>
 void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                    T* destination, const Blocking& blocking, bool direct, int64_t count, const BlockOf& block_of) {
   using A = accumulate_t<T>;
   const Panels panels = Panels::of(plan, A{});
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const Scratch<A> packed(plan.groups * panels.count * panels.step);
+  const Scratch<E> packed(plan.groups * panels.count * panels.step);
   parallel_for(plan.groups * panels.count, panels.step, [&](int64_t begin, int64_t end) {
+    const Scratch<A> staged(std::is_same_v<E, A> ? 0 : 2 * kPairsAtOnce * plan.taps() * panels.width);
     for (int64_t index = begin; index < end; ++index)
-      MANUAL_OPS_FOR_ISA(pack_panel(weight + index / panels.count * layout.group, layout.channel_step,
-                                    layout.source_step, offsets.data(), plan.taps(), plan.source_channels,
-                                    plan.channels, index % panels.count, packed.data() + index * panels.step));
+      MANUAL_OPS_FOR_ISA(pack_weight(plan, layout, offsets.data(), weight + index / panels.count * layout.group,
+                                     index % panels.count, staged.data(), packed.data() + index * panels.step));
   });
   std::vector<A> padded_bias;
   const int64_t padded = panels.count * panels.width;
@@ -54,7 +67,7 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
 
   const int64_t work = blocking.rows * blocking.columns * plan.taps() * plan.source_channels * padded / 16;
   parallel_for(count, work, [&](int64_t begin, int64_t end) {
-    const Scratch<A> sources(direct ? 0 : copied_values(plan, blocking));
+    const Scratch<E> sources(direct ? 0 : copied_values(plan, blocking));
     const Scratch<A> sums(blocking.rows * blocking.columns * padded);
     const Scratch<Run> runs(plan.taps());
     for (int64_t index = begin; index < end; ++index) {
@@ -67,9 +80,21 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
   });
 }
 
-template <class T>
+// Whether the source is read where it is, by a micro-kernel whose operands are made of Part.
+template <class Part, class T>
 bool reads_in_place(const Gather& plan) {
-  return std::is_same_v<T, accumulate_t<T>> && plan.source.channel == 1 && rows_need_no_padding(plan);
+  return std::is_same_v<T, Part> && plan.source.channel == 1 && rows_need_no_padding(plan);
+}
+
+template <class E, class Part, class T>
+void gather_all(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                T* destination) {
+  using A = accumulate_t<T>;
+  const Panels panels = Panels::of(plan, A{});
+  const bool direct = reads_in_place<Part, T>(plan);
+  const Blocking blocking = choose_blocking(plan, direct, panels.count * panels.width, sizeof(E));
+  gather_blocks<E>(plan, layout, source, weight, bias, destination, blocking, direct, blocking.count * plan.groups,
+                   [&](int64_t index) { return block_at(plan, blocking, index / plan.groups, index % plan.groups); });
 }
 
 }  // namespace
@@ -78,33 +103,37 @@ template <class T>
 void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                   T* destination) {
   using A = accumulate_t<T>;
-  const Panels panels = Panels::of(plan, A{});
-  const bool direct = reads_in_place<T>(plan);
-  const Blocking blocking = choose_blocking(plan, direct, panels.count * panels.width, sizeof(A));
-  gather_blocks(plan, layout, source, weight, bias, destination, blocking, direct, blocking.count * plan.groups,
-                [&](int64_t index) { return block_at(plan, blocking, index / plan.groups, index % plan.groups); });
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (multiplies_pairs<T>() && plan.source_channels % 2 == 0)
+      return gather_all<Bfloat16Pair, BFloat16>(in_pairs(plan), layout, source, weight, bias, destination);
+  }
+  gather_all<A, A>(plan, layout, source, weight, bias, destination);
 }
 
 template <class T>
 void dense_gather_blocks(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight,
                          const T* bias, T* destination, const std::vector<Block>& blocks) {
+  using A = accumulate_t<T>;
   Blocking blocking{0, 0, plan.source_channels, 0, 0, 0};
   for (const Block& block : blocks) {
     blocking.rows = std::max(blocking.rows, block.rows.size());
     blocking.columns = std::max(blocking.columns, block.columns.size());
   }
-  gather_blocks(plan, layout, source, weight, bias, destination, blocking, reads_in_place<T>(plan),
-                static_cast<int64_t>(blocks.size()), [&](int64_t index) { return blocks[index]; });
+  gather_blocks<A>(plan, layout, source, weight, bias, destination, blocking, reads_in_place<A, T>(plan),
+                   static_cast<int64_t>(blocks.size()), [&](int64_t index) { return blocks[index]; });
 }
 
-template <class T>
-void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
-                       T* grad_weight) {
+namespace {
+
+template <class E, class Part, class T>
+void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
+                    T* grad_weight) {
   using A = accumulate_t<T>;
   const Panels panels = Panels::of(plan, A{});
   const int64_t group_values = panels.count * panels.step, values = plan.groups * group_values;
-  const bool direct = reads_in_place<T>(plan);
-  const Blocking blocking = choose_blocking(plan, direct, panels.count * panels.width, sizeof(A));
+  const bool direct = reads_in_place<Part, T>(plan);
+  const Blocking blocking =
+      choose_blocking(plan, direct && std::is_same_v<E, A>, panels.count * panels.width, sizeof(A));
   const int64_t affordable = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, values * sizeof(A)));
   const int64_t pixels = blocking.count * blocking.rows * blocking.columns;
   const int64_t parts = std::max<int64_t>(1, std::min({blocking.count, kParts, affordable, pixels / kPartPixels}));
@@ -114,16 +143,20 @@ void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* 
   std::vector<A> sums(parts * values);
   const int64_t work = blocking.count * blocking.rows * blocking.columns * panels.step / 16;
   parallel_for(parts * plan.groups * shares, work / parts / shares, [&](int64_t begin, int64_t end) {
-    const Scratch<A> inputs(direct ? 0 : copied_values(plan, blocking));
-    const Scratch<A> grads(blocking.rows * blocking.columns * panels.count * panels.width);
+    constexpr bool kPairs = !std::is_same_v<E, A>;
+    const int64_t copied = copied_values(plan, blocking);
+    const int64_t gradients = blocking.rows * blocking.columns * panels.count * panels.width;
+    const Scratch<Part> inputs(direct ? 0 : copied), grads(gradients);
+    const Scratch<Bfloat16Pair> input_pairs(kPairs ? copied : 0), grad_pairs(kPairs ? gradients : 0);
     const Scratch<Run> runs(blocking.rows);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t share = index % shares, group = index / shares % plan.groups, part = index / shares / plan.groups;
       for (int64_t block = blocking.count * part / parts; block < blocking.count * (part + 1) / parts; ++block)
-        MANUAL_OPS_FOR_ISA(weight_grad_block(
-            plan, blocking, block_at(plan, blocking, block, group), direct, input, grad_output,
-            panels.count * share / shares, panels.count * (share + 1) / shares,
-            sums.data() + part * values + group * group_values, inputs.data(), grads.data(), runs.data()));
+        MANUAL_OPS_FOR_ISA(weight_grad_block<E>(plan, blocking, block_at(plan, blocking, block, group), direct, input,
+                                                grad_output, panels.count * share / shares,
+                                                panels.count * (share + 1) / shares,
+                                                sums.data() + part * values + group * group_values, inputs.data(),
+                                                grads.data(), input_pairs.data(), grad_pairs.data(), runs.data()));
     }
   });
 
@@ -135,6 +168,19 @@ void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* 
                                       plan.channels, index % panels.count,
                                       grad_weight + index / panels.count * layout.group));
   });
+}
+
+}  // namespace
+
+template <class T>
+void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
+                       T* grad_weight) {
+  using A = accumulate_t<T>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (multiplies_pairs<T>())
+      return weight_grad_of<Bfloat16Pair, BFloat16>(plan, layout, input, grad_output, grad_weight);
+  }
+  weight_grad_of<A, A>(plan, layout, input, grad_output, grad_weight);
 }
 
 #define INSTANTIATE(T)                                                                                       \

@@ -6,48 +6,56 @@
 // multiplied a panel at a time with all of the block's pixels.
 constexpr int64_t kPackedInCache = 300 * 1024;
 
+// What operands E of the micro-kernel are made of, and how many to one.
+template <class E>
+using part_t = std::conditional_t<std::is_same_v<E, Bfloat16Pair>, BFloat16, E>;
+template <class E>
+constexpr int64_t kPartsOf = sizeof(E) / sizeof(part_t<E>);
+
 // Where the micro-kernel reads the sources of a block: in place, or copied with their padding.
-template <class A>
+template <class E>
 struct SourceView {
-  const A* data;  // of source (0, rows.begin, columns.begin)
+  const E* data;  // of source (0, rows.begin, columns.begin)
   int64_t plane, row, pixel;
   Range rows, columns;
 };
 
-// The source channels first .. first+count of the group that the block reads.
-template <class T>
-SourceView<accumulate_t<T>> view_source(const Gather& plan, const Block& block, const T* source, bool direct,
-                                        int64_t first, int64_t count, accumulate_t<T>* scratch) {
-  using A = accumulate_t<T>;
+// The source channels first .. first+count of the group that the block reads, counted in E.
+template <class E, class T>
+SourceView<E> view_source(const Gather& plan, const Block& block, const T* source, bool direct, int64_t first,
+                          int64_t count, E* scratch) {
   const Layout& layout = plan.source;
-  source += block.image * layout.image + (block.group * plan.source_channels + first) * layout.channel;
-  if constexpr (std::is_same_v<T, A>) {
-    if (direct) return {source, layout.axis[0], layout.axis[1], layout.axis[2], {0, 0}, {0, 0}};
+  source += block.image * layout.image + (block.group * plan.source_channels + first) * kPartsOf<E> * layout.channel;
+  if constexpr (std::is_same_v<T, part_t<E>>) {
+    if (direct)
+      return {reinterpret_cast<const E*>(source),
+              layout.axis[0] / kPartsOf<E>,
+              layout.axis[1] / kPartsOf<E>,
+              layout.axis[2] / kPartsOf<E>,
+              {0, 0},
+              {0, 0}};
   }
-  SourceView<A> view;
+  SourceView<E> view;
   view.rows = clipped(reach(plan.axis[1], block.rows), plan.axis[1].source);
   view.columns = reach(plan.axis[2], block.columns);
   view.data = scratch;
   view.pixel = count;
   view.row = view.columns.size() * view.pixel;
   view.plane = view.rows.size() * view.row;
-  const GatherAxis& depth = plan.axis[0];
-  const int64_t phase = block.depth % depth.phases, position = block.depth / depth.phases * depth.step;
-  for (int64_t tap = depth.first[phase]; tap < depth.first[phase + 1]; ++tap) {
-    const int64_t plane = position + depth.offset[tap];
-    if (plane < 0 || plane >= depth.source) continue;
-    copy_padded(source + plane * layout.axis[0], layout, plan.axis[2].source, view.rows, view.columns, count, scratch);
+  for_taps(plan.axis[0], block.depth, [&](int64_t, int64_t plane) {
+    copy_padded(source + plane * layout.axis[0], layout, plan.axis[2].source, view.rows, view.columns,
+                count * kPartsOf<E>, reinterpret_cast<part_t<E>*>(scratch));
     scratch += view.plane;
-  }
+  });
   return view;
 }
 
 // One block of the destination, all channels of a group. `weight` holds the group's panels, `bias` (or null) a value
 // for each of their columns; `sources`, `sums` and `runs` are scratch memory.
-template <class T>
+template <class E, class T>
 void gather_block(const Gather& plan, const Blocking& blocking, const Block& block, bool direct_source, const T* source,
-                  const accumulate_t<T>* weight, const accumulate_t<T>* bias, T* destination, accumulate_t<T>* sources,
-                  accumulate_t<T>* sums, Run* runs) {
+                  const E* weight, const accumulate_t<T>* bias, T* destination, E* sources, accumulate_t<T>* sums,
+                  Run* runs) {
   using A = accumulate_t<T>;
   const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
   int64_t panel_size;
@@ -71,15 +79,13 @@ void gather_block(const Gather& plan, const Blocking& blocking, const Block& blo
     }
   }
 
-  const int64_t depth_phase = block.depth % depth.phases, depth_position = block.depth / depth.phases * depth.step;
   int64_t first_channel = 0;
   do {
     const int64_t left = plan.source_channels - first_channel;
     const int64_t channels = left < blocking.source_channels ? left : blocking.source_channels;
-    const SourceView<A> view = view_source(plan, block, source, direct_source, first_channel, channels, sources);
+    const SourceView<E> view = view_source<E>(plan, block, source, direct_source, first_channel, channels, sources);
     for (int64_t panel = 0; panel < panels; panel += at_once)
       for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
-        const int64_t row_phase = row % height.phases, row_position = row / height.phases * height.step;
         for (int64_t phase = 0; phase < width.phases; ++phase) {
           const Range q = positions(width, block.columns, phase);
           if (q.begin >= q.end) continue;
@@ -89,24 +95,20 @@ void gather_block(const Gather& plan, const Blocking& blocking, const Block& blo
           const bool merged = neighbours && view.pixel == plan.source_channels && channels == plan.source_channels;
           Run* run = runs;
           int64_t copied_planes = 0;
-          for (int64_t d = depth.first[depth_phase]; d < depth.first[depth_phase + 1]; ++d) {
-            const int64_t plane = depth_position + depth.offset[d];
-            if (plane < 0 || plane >= depth.source) continue;
+          for_taps(depth, block.depth, [&](int64_t d, int64_t plane) {
             const int64_t plane_start = (direct_source ? plane : copied_planes++) * view.plane;
-            for (int64_t h = height.first[row_phase]; h < height.first[row_phase + 1]; ++h) {
-              const int64_t source_row = row_position + height.offset[h];
-              if (source_row < 0 || source_row >= height.source) continue;
+            for_taps(height, row, [&](int64_t h, int64_t source_row) {
               const int64_t row_start = plane_start + (source_row - view.rows.begin) * view.row;
               const int64_t row_taps = (d * height.taps + h) * width.taps + taps_begin;
               for (int64_t w = 0; w < (merged ? 1 : taps); ++w)
                 *run++ = {row_start + (width.offset[taps_begin + w] - view.columns.begin) * view.pixel,
                           ((row_taps + w) * plan.source_channels + first_channel) * panel_size};
-            }
-          }
+            });
+          });
           const int64_t column = q.begin * width.phases + phase - block.columns.begin;
           for (int64_t p = panel; p < panel + at_once; ++p) {
             const int64_t columns = columns_of_panel<A>(plan.channels, p);
-            multiply_rows<A>(
+            multiply_rows<E>(
                 q.size(),
                 {.a = view.data + q.begin * width.step * view.pixel,
                  .a_row = width.step * view.pixel,
@@ -135,13 +137,29 @@ void gather_block(const Gather& plan, const Blocking& blocking, const Block& blo
              plan.destination, plan.channels, whole_rows * block.columns.size());
 }
 
+// Pixels `step` apart in pairs, of one row: [pair][channel]. A pair behind the last pixel is filled up with zero.
+inline void pair_pixels(const BFloat16* from, int64_t step, int64_t pixels, int64_t channels, Bfloat16Pair* to,
+                        int64_t to_pitch) {
+  for (int64_t pixel = 0; pixel < pixels; pixel += 2, from += 2 * step, to += to_pitch) {
+    if (pixel + 1 < pixels) {
+      join_pairs(from, from + step, channels, to);
+    } else {
+      for (int64_t channel = 0; channel < channels; ++channel) to[channel] = {from[channel].x, 0};
+    }
+  }
+}
+
 // Adds one block's share of a group's weight gradient to panels first_panel .. last_panel of `sums`, which are
-// [panel][tap][input channel][panel_size]. The plan is forward's: its destination is grad_output.
-template <class T>
+// [panel][tap][input channel][panel_size]. The plan is forward's: its destination is grad_output. Where E is a pair, it
+// is one of neighbouring pixels, of the gradient and of the sources under one column of the window.
+template <class E, class T>
 void weight_grad_block(const Gather& plan, const Blocking& blocking, const Block& block, bool direct_input,
                        const T* input, const T* grad_output, int64_t first_panel, int64_t last_panel,
-                       accumulate_t<T>* sums, accumulate_t<T>* inputs, accumulate_t<T>* grads, Run* runs) {
+                       accumulate_t<T>* sums, part_t<E>* inputs, part_t<E>* grads, Bfloat16Pair* input_pairs,
+                       Bfloat16Pair* grad_pairs, Run* runs) {
   using A = accumulate_t<T>;
+  using Part = part_t<E>;
+  constexpr bool kPairs = kPartsOf<E> == 2;
   const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
   int64_t panel_size;
   panel_width<A>(plan.channels, panel_size);
@@ -150,68 +168,103 @@ void weight_grad_block(const Gather& plan, const Blocking& blocking, const Block
   const int64_t first_out = first_panel * panel_size;
   const int64_t out_channels =
       (last_panel * panel_size < plan.channels ? last_panel * panel_size : plan.channels) - first_out;
+  const int64_t steps = (block.columns.size() + kPartsOf<E> - 1) / kPartsOf<E>;  // of a row, in E
   grad_output += block.image * plan.destination.image +
                  (block.group * plan.channels + first_out) * plan.destination.channel +
                  block.depth * plan.destination.axis[0] + block.rows.begin * plan.destination.axis[1] +
                  block.columns.begin * plan.destination.axis[2];
 
-  int64_t grad_pixel = (last_panel - first_panel) * panel_size, grad_row = block.columns.size() * grad_pixel;
-  const A* grad = grads;
+  const int64_t all_columns = (last_panel - first_panel) * panel_size;
+  int64_t grad_pixel = all_columns, grad_row = block.columns.size() * grad_pixel;
+  const Part* grad_parts = grads;
   bool in_place = false;
-  if constexpr (std::is_same_v<T, A>) {
-    in_place = plan.destination.channel == 1 && out_channels == grad_pixel;
+  if constexpr (std::is_same_v<T, Part>) {
+    in_place = plan.destination.channel == 1 && (kPairs || out_channels == all_columns);
     if (in_place) {
-      grad = grad_output;
+      grad_parts = grad_output;
       grad_pixel = plan.destination.axis[2];
       grad_row = plan.destination.axis[1];
     }
   }
   if (!in_place) {
-    if (out_channels < grad_pixel) fill_zero(grads, block.rows.size() * grad_row);
+    if (out_channels < all_columns) fill_zero(grads, block.rows.size() * grad_row);
     for (int64_t row = 0; row < block.rows.size(); ++row)
       copy_in(grad_output + row * plan.destination.axis[1], plan.destination, out_channels, block.columns.size(),
               grads + row * grad_row, grad_pixel);
+  }
+  const E* grad;
+  if constexpr (kPairs) {
+    if (out_channels < all_columns) fill_zero(grad_pairs, block.rows.size() * steps * all_columns);
+    for (int64_t row = 0; row < block.rows.size(); ++row)
+      pair_pixels(grad_parts + row * grad_row, grad_pixel, block.columns.size(), out_channels,
+                  grad_pairs + row * steps * all_columns, all_columns);
+    grad = grad_pairs;
+    grad_pixel = all_columns;
+    grad_row = steps * all_columns;
+  } else {
+    grad = grad_parts;
   }
 
   for (int64_t first_channel = 0; first_channel < plan.source_channels; first_channel += blocking.source_channels) {
     const int64_t left = plan.source_channels - first_channel;
     const int64_t channels = left < blocking.source_channels ? left : blocking.source_channels;
-    const SourceView<A> view = view_source(plan, block, input, direct_input, first_channel, channels, inputs);
-    const bool merged = view.pixel == plan.source_channels && channels == plan.source_channels &&
+    const SourceView<Part> view = view_source<Part>(plan, block, input, direct_input, first_channel, channels, inputs);
+    const bool merged = !kPairs && view.pixel == plan.source_channels && channels == plan.source_channels &&
                         width.offset[width.taps - 1] - width.offset[0] == width.taps - 1;
-    int64_t copied_planes = 0;
-    for (int64_t d = 0; d < depth.taps; ++d) {
-      const int64_t plane = block.depth * depth.step + depth.offset[d];
-      if (plane < 0 || plane >= depth.source) continue;
-      const int64_t plane_start = (direct_input ? plane : copied_planes++) * view.plane;
-      for (int64_t h = 0; h < height.taps; ++h) {
-        Run* run = runs;
-        for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
-          const int64_t source_row = row * height.step + height.offset[h];
-          if (source_row < 0 || source_row >= height.source) continue;
-          *run++ = {plane_start + (source_row - view.rows.begin) * view.row, (row - block.rows.begin) * grad_row};
-        }
-        for (int64_t w = 0; w < (merged ? 1 : width.taps); ++w) {
-          const int64_t column = block.columns.begin * width.step + width.offset[w] - view.columns.begin;
+    for (int64_t w = 0; w < (merged ? 1 : width.taps); ++w) {
+      const int64_t column = block.columns.begin * width.step + width.offset[w] - view.columns.begin;
+      // Of one column of the window: where its sources are, and from which to which row and plane they go.
+      const E* sources;
+      int64_t step, source_row_pitch, source_plane;
+      const Range rows = kPairs ? clipped(reach(height, block.rows), height.source) : view.rows;
+      if constexpr (kPairs) {
+        step = channels;
+        source_row_pitch = steps * channels;
+        source_plane = rows.size() * source_row_pitch;
+        sources = input_pairs;
+        Bfloat16Pair* to = input_pairs;
+        int64_t copied = 0;
+        for_taps(depth, block.depth, [&](int64_t, int64_t plane) {
+          const Part* from = view.data + (direct_input ? plane : copied++) * view.plane + column * view.pixel;
+          for (int64_t row = rows.begin; row < rows.end; ++row, to += source_row_pitch)
+            pair_pixels(from + (row - view.rows.begin) * view.row, width.step * view.pixel, block.columns.size(),
+                        channels, to, channels);
+        });
+      } else {
+        step = width.step * view.pixel;
+        source_row_pitch = view.row;
+        source_plane = view.plane;
+        sources = view.data + column * view.pixel;
+      }
+      int64_t copied_planes = 0;
+      for_taps(depth, block.depth, [&](int64_t d, int64_t plane) {
+        const int64_t plane_start = (direct_input && !kPairs ? plane : copied_planes++) * source_plane;
+        for (int64_t h = 0; h < height.taps; ++h) {
+          Run* run = runs;
+          for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
+            const int64_t source_row = row * height.step + height.offset[h];
+            if (source_row < 0 || source_row >= height.source) continue;
+            *run++ = {plane_start + (source_row - rows.begin) * source_row_pitch, (row - block.rows.begin) * grad_row};
+          }
           const int64_t tap = (d * height.taps + h) * width.taps + w;
           for (int64_t panel = first_panel; panel < last_panel; ++panel)
-            multiply_rows<A>(
+            multiply_rows<E>(
                 merged ? width.taps * channels : channels,
-                {.a = view.data + column * view.pixel,
+                {.a = sources,
                  .a_row = 1,
-                 .a_step = width.step * view.pixel,
+                 .a_step = step,
                  .b = grad + (panel - first_panel) * panel_size,
                  .b_step = grad_pixel,
                  .runs = runs,
                  .run_count = run - runs,
-                 .run_length = block.columns.size(),
+                 .run_length = steps,
                  .c = sums + panel * panel_step + (tap * plan.source_channels + first_channel) * panel_size,
                  .c_row = panel_size,
                  .columns = (columns_of_panel<A>(plan.channels, panel) + lanes - 1) / lanes * lanes,
                  .bias = nullptr,
                  .accumulate = true});
         }
-      }
+      });
     }
   }
 }

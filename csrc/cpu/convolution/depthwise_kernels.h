@@ -22,16 +22,6 @@ inline auto lanes_of_groups(int64_t members, int64_t member) {
   return lanes;
 }
 
-// The taps of axis `axis` that destination `position` meets inside the source: tap index and source, one after another.
-template <class Body>
-inline void for_taps(const GatherAxis& axis, int64_t position, const Body& body) {
-  const int64_t phase = position % axis.phases, first = position / axis.phases * axis.step;
-  for (int64_t tap = axis.first[phase]; tap < axis.first[phase + 1]; ++tap) {
-    const int64_t source = first + axis.offset[tap];
-    if (source >= 0 && source < axis.source) body(tap, source);
-  }
-}
-
 // The destinations q of one column phase of one row, for some vectors of channels.
 template <class A>
 struct DepthwiseRow {

@@ -6,33 +6,77 @@
 // Forward and input gradient: i are pixels, j the channels under consecutive taps, b the packed weight. Weight
 // gradient: i are input channels, j the pixels of a row, b the output's gradient.
 
+// Its operands are numbers, or pairs of bfloat16 whose products are both added to one float32: then j counts pairs.
+
+template <class E>
+struct SumOf {
+  using type = E;
+};
+template <>
+struct SumOf<Bfloat16Pair> {
+  using type = float;
+};
+template <class E>
+using sum_t = typename SumOf<E>::type;
+
+template <class E>
+inline vector_t<sum_t<E>> broadcast(const E* p) {
+  if constexpr (std::is_same_v<E, Bfloat16Pair>) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return reinterpret_cast<vector_t<float>>(bits - vector_t<int32_t>{});
+  } else {
+    return *p - vector_t<E>{};  // V{} + x is two instructions
+  }
+}
+
+template <class E>
+inline void add_product(vector_t<sum_t<E>>& sum, vector_t<sum_t<E>> left, vector_t<sum_t<E>> right) {
+  if constexpr (std::is_same_v<E, Bfloat16Pair>) {
+#if defined(__x86_64__)
+    // By name: the other instructions of its set are not to be used.
+    if constexpr (kVectorBytes == 64) {
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+      return;
+    }
+#endif
+    typedef vector_t<int32_t> Bits;
+    const Bits l = reinterpret_cast<Bits>(left), r = reinterpret_cast<Bits>(right), high = ~0xffff - Bits{};
+    sum += reinterpret_cast<vector_t<float>>(l << 16) * reinterpret_cast<vector_t<float>>(r << 16);
+    sum += reinterpret_cast<vector_t<float>>(l & high) * reinterpret_cast<vector_t<float>>(r & high);
+  } else {
+    sum += left * right;
+  }
+}
+
 // 14 x 2 accumulators, 2 vectors of b and the broadcast fill the 32 registers of AVX-512; 6 x 2 the 16 of AVX2 and SSE.
 constexpr int kMaxTileRows = kVectorBytes == 64 ? 14 : 6;
 // Tiles of so few rows may be twice as wide, 4 x 4 accumulators.
 constexpr int kWideTileRows = kVectorBytes == 64 ? 4 : 0;
 
-template <class A>
+template <class E>
 struct Tile {
-  const A* a;
+  const E* a;
   int64_t a_row, a_step;
-  const A* b;
+  const E* b;
   int64_t b_step;
   const Run* runs;
   int64_t run_count, run_length;
-  A* c;
+  sum_t<E>* c;
   int64_t c_row, columns;  // columns of c that exist
-  const A* bias;           // or null
+  const sum_t<E>* bias;    // or null
   bool accumulate;         // onto c
 };
 
-template <class A, int kRows, int kVectors>
-[[gnu::noinline]] void multiply_tile(const Tile<A>& tile) {
+template <class E, int kRows, int kVectors>
+[[gnu::noinline]] void multiply_tile(const Tile<E>& tile) {
+  using A = sum_t<E>;
   using V = vector_t<A>;
   constexpr int kSplit = kRows > 8 ? (kRows + 1) / 2 : kRows;  // rows from here on have a pointer of their own
   V sum[kRows][kVectors] = {};
   // x86 addresses base + {1, 2, 4, 8} * register: with three odd multiples at hand, 8 rows need no further arithmetic.
   // The empty asm statements keep GCC from turning them into a pointer for every row, which spill.
-  const int64_t row = tile.a_row * static_cast<int64_t>(sizeof(A));
+  const int64_t row = tile.a_row * static_cast<int64_t>(sizeof(E));
   int64_t row3 = 3 * row, row5 = 5 * row, row7 = 7 * row;
   asm("" : "+r"(row3));
   asm("" : "+r"(row5));
@@ -43,7 +87,7 @@ template <class A, int kRows, int kVectors>
   for (int64_t r = 0; r < tile.run_count; ++r) {
     const char* low = reinterpret_cast<const char*>(tile.a + tile.runs[r].a);
     const char* high = low + kSplit * row;
-    const A* b = tile.b + tile.runs[r].b;
+    const E* b = tile.b + tile.runs[r].b;
     for (int64_t j = tile.run_length; j > 0; --j) {
       V right[kVectors];
 #pragma GCC unroll 4
@@ -53,12 +97,12 @@ template <class A, int kRows, int kVectors>
         const char* base = i < kSplit ? low : high;
         const int k = i < kSplit ? i : i - kSplit;
         const int64_t offset = k == 0 ? 0 : k == 3 ? row3 : k == 5 ? row5 : k == 6 ? 2 * row3 : k == 7 ? row7 : k * row;
-        const V left = *reinterpret_cast<const A*>(base + offset) - V{};  // a broadcast; V{} + x is two instructions
+        const V left = broadcast(reinterpret_cast<const E*>(base + offset));
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
+        for (int v = 0; v < kVectors; ++v) add_product<E>(sum[i][v], left, right[v]);
       }
-      low += tile.a_step * static_cast<int64_t>(sizeof(A));
-      high += tile.a_step * static_cast<int64_t>(sizeof(A));
+      low += tile.a_step * static_cast<int64_t>(sizeof(E));
+      high += tile.a_step * static_cast<int64_t>(sizeof(E));
       b += tile.b_step;
       asm("" : "+r"(low));
       asm("" : "+r"(high));
@@ -96,12 +140,12 @@ template <class A, int kRows, int kVectors>
   }
 }
 
-template <class A, int kVectors, int kRows = kMaxTileRows>
-void multiply_tile_of(int64_t rows, const Tile<A>& tile) {
+template <class E, int kVectors, int kRows = kMaxTileRows>
+void multiply_tile_of(int64_t rows, const Tile<E>& tile) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return multiply_tile_of<A, kVectors, kRows - 1>(rows, tile);
+    if (rows < kRows) return multiply_tile_of<E, kVectors, kRows - 1>(rows, tile);
   }
-  if constexpr (kRows > 0) multiply_tile<A, kRows, kVectors>(tile);
+  if constexpr (kRows > 0) multiply_tile<E, kRows, kVectors>(tile);
 }
 
 // A panel is the columns of b that a tile multiplies at once: one vector, or two where there is more than one.
@@ -115,12 +159,13 @@ void panel_width(int64_t channels, int64_t& width) {
 constexpr int64_t kLongestSum = (16 << 10) / (2 * kVectorBytes) < 256 ? (16 << 10) / (2 * kVectorBytes) : 256;
 
 // Any number of rows, runs and steps, in tiles of nearly one height.
-template <class A>
-void multiply_rows(int64_t rows, const Tile<A>& whole) {
+template <class E>
+void multiply_rows(int64_t rows, const Tile<E>& whole) {
+  using A = sum_t<E>;
   const int64_t tiles = (rows + kMaxTileRows - 1) / kMaxTileRows;
   const int64_t pieces = whole.run_length > kLongestSum ? (whole.run_length + kLongestSum - 1) / kLongestSum : 1;
   const int64_t runs_at_once = whole.run_length >= kLongestSum ? 1 : kLongestSum / (whole.run_length + 1) + 1;
-  Tile<A> tile = whole;
+  Tile<E> tile = whole;
   int64_t first_run = 0;
   do {  // once where there are no runs, to store the bias
     tile.runs = whole.runs + first_run;
@@ -134,11 +179,11 @@ void multiply_rows(int64_t rows, const Tile<A>& whole) {
         tile.a = whole.a + first_row * tile.a_row + first_step * tile.a_step;
         tile.c = whole.c + first_row * tile.c_row;
         if (tile.columns > 2 * kLanes<A>)
-          multiply_tile_of<A, 4, kWideTileRows>(row_count, tile);
+          multiply_tile_of<E, 4, kWideTileRows>(row_count, tile);
         else if (tile.columns > kLanes<A>)
-          multiply_tile_of<A, 2>(row_count, tile);
+          multiply_tile_of<E, 2>(row_count, tile);
         else
-          multiply_tile_of<A, 1>(row_count, tile);
+          multiply_tile_of<E, 1>(row_count, tile);
       }
       tile.accumulate = true;
       tile.bias = nullptr;

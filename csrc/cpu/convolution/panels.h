@@ -45,6 +45,18 @@ void pack_panel(const T* weight, int64_t channel_step, int64_t source_step, cons
     }
 }
 
+// to[i] = (first[i], second[i]), of bfloat16 or of floats that hold them.
+template <class T>
+void join_pairs(const T* first, const T* second, int64_t count, Bfloat16Pair* to) {
+  typedef vector_t<uint32_t> Bits;
+  float* pairs = reinterpret_cast<float*>(to);
+  for_each_vector<float>(count, [=](int64_t at, auto lanes, int) {
+    const Bits low = reinterpret_cast<Bits>(load<float>(first + at, lanes));
+    const Bits high = reinterpret_cast<Bits>(load<float>(second + at, lanes));
+    store<float>(pairs + at, reinterpret_cast<vector_t<float>>(low >> 16 | (high & ~UINT32_C(0xffff))), lanes);
+  });
+}
+
 // The sum of the parts of a panel, `part_step` apart, in their order, to its place in the weight.
 template <class T>
 void unpack_panel(accumulate_t<T>* parts, int64_t part_step, int64_t part_count, int64_t channel_step,
@@ -73,4 +85,29 @@ void unpack_panel(accumulate_t<T>* parts, int64_t part_step, int64_t part_count,
         for (int64_t t = 0; t < staged_taps; ++t) to[tap_offset[tap + t]] = static_cast<T>(staged[t][v]);
       }
     }
+}
+
+// Panel `panel` of one group's weight, as the micro-kernel's b: [tap][source channel][width].
+template <class T>
+void pack_weight(const Gather& plan, const WeightLayout& layout, const int64_t* tap_offset, const T* weight,
+                 int64_t panel, accumulate_t<T>*, accumulate_t<T>* packed) {
+  pack_panel(weight, layout.channel_step, layout.source_step, tap_offset, plan.taps(), plan.source_channels,
+             plan.channels, panel, packed);
+}
+
+// The same of pairs of source channels, which the plan counts. `staged` holds kPairsAtOnce of them for all taps.
+inline void pack_weight(const Gather& plan, const WeightLayout& layout, const int64_t* tap_offset,
+                        const BFloat16* weight, int64_t panel, float* staged, Bfloat16Pair* packed) {
+  int64_t width;
+  panel_width<float>(plan.channels, width);
+  for (int64_t first = 0; first < plan.source_channels; first += kPairsAtOnce) {
+    const int64_t left = plan.source_channels - first, count = left < kPairsAtOnce ? left : kPairsAtOnce;
+    pack_panel(weight + 2 * first * layout.source_step, layout.channel_step, layout.source_step, tap_offset,
+               plan.taps(), 2 * count, plan.channels, panel, staged);
+    for (int64_t tap = 0; tap < plan.taps(); ++tap)
+      for (int64_t pair = 0; pair < count; ++pair) {
+        const float* from = staged + (tap * count + pair) * 2 * width;
+        join_pairs(from, from + width, width, packed + (tap * plan.source_channels + first + pair) * width);
+      }
+  }
 }
