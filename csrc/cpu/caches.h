@@ -15,11 +15,14 @@ bool elementwise_goes_past_caches(int64_t count) {
   return count >= (int64_t{8} << 20) / static_cast<int64_t>(sizeof(T));
 }
 
+// Half of a 32 MB cache: so much is not there any more when it is read again.
+constexpr int64_t kCachedBytes = 16 << 20;
+
 // Whether the `bytes` of results from `to` on of a convolution, a pooling or a normalisation do, in runs of `run`
-// bytes: whole cache lines each. A depthwise convolution became up to 1.6 times as fast from about 16 MB on, half of a
-// 32 MB cache, and slower with less, which was still in the cache when it was read.
+// bytes: whole cache lines each. A depthwise convolution became up to 1.6 times as fast from about 16 MB on,
+// and slower with less, which was still in the cache when it was read.
 inline bool goes_past_caches(const void* to, int64_t bytes, int64_t run) {
-  constexpr int64_t kCachedBytes = 16 << 20, kLine = 64;
+  constexpr int64_t kLine = 64;
   return bytes >= kCachedBytes && run % kLine == 0 && reinterpret_cast<uintptr_t>(to) % kLine == 0;
 }
 

@@ -25,6 +25,8 @@ struct Bfloat16Pair {
   uint16_t first, second;
 };
 constexpr int64_t kPairsAtOnce = 8;
+// Blocks of a weight gradient that are multiplied together.
+constexpr int64_t kMostTogether = 64;
 
 template <class T>
 void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,

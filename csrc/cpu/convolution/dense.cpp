@@ -1,6 +1,7 @@
 // Convolution by register-blocked tiles, for any shape.
 #include <utility>
 
+#include "cpu/caches.h"
 #include "cpu/convolution/convolution.h"
 #include "cpu/intrinsics.h"
 #include "cpu/scratch.h"
@@ -16,6 +17,8 @@ namespace {
 // order. Each part is as large as the weight: together they may take this many bytes, and each has so many pixels, for
 // it is written and read once more.
 constexpr int64_t kParts = 8, kPartBytes = 16 << 20, kPartPixels = 512;
+// Blocks whose sums are larger than this go together, their copies taking at most so many bytes.
+constexpr int64_t kGradientInCache = 512 << 10, kBatchBytes = 4 << 20;
 
 struct Panels {
   int64_t width, count, step;  // columns of one, panels of a group, elements of one
@@ -66,6 +69,9 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
   }
 
   const int64_t work = blocking.rows * blocking.columns * plan.taps() * plan.source_channels * padded / 16;
+  const bool past_caches =
+      goes_past_caches(destination, plan.batch * plan.destination.image * sizeof(T), plan.channels * sizeof(T));
+  const bool far_sources = plan.batch * plan.source.image * static_cast<int64_t>(sizeof(T)) >= kCachedBytes;
   parallel_for(count, work, [&](int64_t begin, int64_t end) {
     const Scratch<E> sources(direct ? 0 : copied_values(plan, blocking));
     const Scratch<A> sums(blocking.rows * blocking.columns * padded);
@@ -75,7 +81,7 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
       MANUAL_OPS_FOR_ISA(gather_block(plan, blocking, block, direct, source,
                                       packed.data() + block.group * panels.count * panels.step,
                                       bias == nullptr ? nullptr : padded_bias.data() + block.group * padded,
-                                      destination, sources.data(), sums.data(), runs.data()));
+                                      destination, past_caches, far_sources, sources.data(), sums.data(), runs.data()));
     }
   });
 }
@@ -137,26 +143,39 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
   const int64_t affordable = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, values * sizeof(A)));
   const int64_t pixels = blocking.count * blocking.rows * blocking.columns;
   const int64_t parts = std::max<int64_t>(1, std::min({blocking.count, kParts, affordable, pixels / kPartPixels}));
-  // Where the parts alone are too few to share, the panels are split too, each share packing the input again.
-  const int64_t shares = std::min(panels.count, std::max<int64_t>(1, kParts / (parts * plan.groups)));
+  // Where the parts alone are too few for the threads, they share the panels too, each packing the input again.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t shares = std::min(panels.count, (threads + parts * plan.groups - 1) / (parts * plan.groups));
+  // A gradient too large for the L2 cache is read and written again for each block: several go together. Only blocks of
+  // one width do.
+  constexpr bool kPairs = !std::is_same_v<E, A>;
+  const int64_t copied = copied_values(plan, blocking);
+  const int64_t gradients = blocking.rows * blocking.columns * panels.count * panels.width;
+  const int64_t block_bytes = (copied + gradients) * (kPairs ? 2 * sizeof(E) : sizeof(A));
+  const bool together =
+      group_values * static_cast<int64_t>(sizeof(A)) > kGradientInCache && blocking.column_blocks == 1;
+  const int64_t batch = together ? std::clamp<int64_t>(kBatchBytes / block_bytes, 1, kMostTogether) : 1;
 
   std::vector<A> sums(parts * values);
   const int64_t work = blocking.count * blocking.rows * blocking.columns * panels.step / 16;
   parallel_for(parts * plan.groups * shares, work / parts / shares, [&](int64_t begin, int64_t end) {
-    constexpr bool kPairs = !std::is_same_v<E, A>;
-    const int64_t copied = copied_values(plan, blocking);
-    const int64_t gradients = blocking.rows * blocking.columns * panels.count * panels.width;
-    const Scratch<Part> inputs(direct ? 0 : copied), grads(gradients);
-    const Scratch<Bfloat16Pair> input_pairs(kPairs ? copied : 0), grad_pairs(kPairs ? gradients : 0);
-    const Scratch<Run> runs(blocking.rows);
+    const Scratch<Part> inputs(direct ? 0 : batch * copied), grads(batch * gradients);
+    const Scratch<Bfloat16Pair> input_pairs(kPairs ? batch * copied : 0), grad_pairs(kPairs ? batch * gradients : 0);
+    const Scratch<Run> runs(batch * blocking.rows);
+    std::vector<Block> blocks;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t share = index % shares, group = index / shares % plan.groups, part = index / shares / plan.groups;
-      for (int64_t block = blocking.count * part / parts; block < blocking.count * (part + 1) / parts; ++block)
-        MANUAL_OPS_FOR_ISA(weight_grad_block<E>(plan, blocking, block_at(plan, blocking, block, group), direct, input,
-                                                grad_output, panels.count * share / shares,
-                                                panels.count * (share + 1) / shares,
-                                                sums.data() + part * values + group * group_values, inputs.data(),
-                                                grads.data(), input_pairs.data(), grad_pairs.data(), runs.data()));
+      const int64_t last = blocking.count * (part + 1) / parts;
+      for (int64_t block = blocking.count * part / parts; block < last; block += batch) {
+        blocks.clear();
+        for (int64_t next = block; next < std::min(block + batch, last); ++next)
+          blocks.push_back(block_at(plan, blocking, next, group));
+        MANUAL_OPS_FOR_ISA(
+            weight_grad_blocks<E>(plan, blocking, blocks.data(), static_cast<int64_t>(blocks.size()), direct, input,
+                                  grad_output, panels.count * share / shares, panels.count * (share + 1) / shares,
+                                  sums.data() + part * values + group * group_values, inputs.data(), copied,
+                                  grads.data(), gradients, input_pairs.data(), grad_pairs.data(), runs.data()));
+      }
     }
   });
 

@@ -54,8 +54,8 @@ SourceView<E> view_source(const Gather& plan, const Block& block, const T* sourc
 // for each of their columns; `sources`, `sums` and `runs` are scratch memory.
 template <class E, class T>
 void gather_block(const Gather& plan, const Blocking& blocking, const Block& block, bool direct_source, const T* source,
-                  const E* weight, const accumulate_t<T>* bias, T* destination, E* sources, accumulate_t<T>* sums,
-                  Run* runs) {
+                  const E* weight, const accumulate_t<T>* bias, T* destination, bool past_caches, bool far_sources,
+                  E* sources, accumulate_t<T>* sums, Run* runs) {
   using A = accumulate_t<T>;
   const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
   int64_t panel_size;
@@ -122,13 +122,18 @@ void gather_block(const Gather& plan, const Blocking& blocking, const Block& blo
                  .c_row = width.phases * sums_pixel,
                  .columns = in_place || columns == panel_size ? columns : (columns + lanes - 1) / lanes * lanes,
                  .bias = bias == nullptr || first_channel > 0 ? nullptr : bias + p * panel_size,
-                 .accumulate = first_channel > 0});
+                 .accumulate = first_channel > 0,
+                 .past_caches = in_place && past_caches,
+                 .fetch_next = far_sources && direct_source && p == 0 && plan.taps() == 1});
           }
         }
       }
     first_channel += blocking.source_channels;
   } while (first_channel < plan.source_channels);
-  if (in_place) return;
+  if (in_place) {
+    if (past_caches) finish_stores_past_caches();
+    return;
+  }
 
   const int64_t whole_rows = block.columns.size() == width.destination ? block.rows.size() : 1;
   for (int64_t row = block.rows.begin; row < block.rows.end; row += whole_rows)
@@ -149,14 +154,23 @@ inline void pair_pixels(const BFloat16* from, int64_t step, int64_t pixels, int6
   }
 }
 
-// Adds one block's share of a group's weight gradient to panels first_panel .. last_panel of `sums`, which are
+// Where the micro-kernel reads a block's operands for its weight gradient: of a tap at depth plane 0, row 0 and column
+// 0 of the block, and of the output's gradient.
+template <class E>
+struct WeightGradOperands {
+  const E *input, *grad;
+};
+
+// Adds some blocks' share of a group's weight gradient to panels first_panel .. last_panel of `sums`, which are
 // [panel][tap][input channel][panel_size]. The plan is forward's: its destination is grad_output. Where E is a pair, it
-// is one of neighbouring pixels, of the gradient and of the sources under one column of the window.
+// is one of neighbouring pixels, of the gradient and of the sources under one column of the window. Scratch memory of a
+// block: `inputs` of input_values, `grads` of grad_values; `runs` for the rows of all blocks.
 template <class E, class T>
-void weight_grad_block(const Gather& plan, const Blocking& blocking, const Block& block, bool direct_input,
-                       const T* input, const T* grad_output, int64_t first_panel, int64_t last_panel,
-                       accumulate_t<T>* sums, part_t<E>* inputs, part_t<E>* grads, Bfloat16Pair* input_pairs,
-                       Bfloat16Pair* grad_pairs, Run* runs) {
+void weight_grad_blocks(const Gather& plan, const Blocking& blocking, const Block* blocks, int64_t count,
+                        bool direct_input, const T* input, const T* grad_output, int64_t first_panel,
+                        int64_t last_panel, accumulate_t<T>* sums, part_t<E>* inputs, int64_t input_values,
+                        part_t<E>* grads, int64_t grad_values, Bfloat16Pair* input_pairs, Bfloat16Pair* grad_pairs,
+                        Run* runs) {
   using A = accumulate_t<T>;
   using Part = part_t<E>;
   constexpr bool kPairs = kPartsOf<E> == 2;
@@ -168,103 +182,120 @@ void weight_grad_block(const Gather& plan, const Blocking& blocking, const Block
   const int64_t first_out = first_panel * panel_size;
   const int64_t out_channels =
       (last_panel * panel_size < plan.channels ? last_panel * panel_size : plan.channels) - first_out;
-  const int64_t steps = (block.columns.size() + kPartsOf<E> - 1) / kPartsOf<E>;  // of a row, in E
-  grad_output += block.image * plan.destination.image +
-                 (block.group * plan.channels + first_out) * plan.destination.channel +
-                 block.depth * plan.destination.axis[0] + block.rows.begin * plan.destination.axis[1] +
-                 block.columns.begin * plan.destination.axis[2];
-
   const int64_t all_columns = (last_panel - first_panel) * panel_size;
-  int64_t grad_pixel = all_columns, grad_row = block.columns.size() * grad_pixel;
-  const Part* grad_parts = grads;
+  // Of a row of the block, in E.
+  const auto steps_of = [](const Block& block) { return (block.columns.size() + kPartsOf<E> - 1) / kPartsOf<E>; };
   bool in_place = false;
-  if constexpr (std::is_same_v<T, Part>) {
+  if constexpr (std::is_same_v<T, Part>)
     in_place = plan.destination.channel == 1 && (kPairs || out_channels == all_columns);
+  const int64_t grad_pixel = in_place && !kPairs ? plan.destination.axis[2] : all_columns;
+  const auto grad_row_of = [&](const Block& block) {
+    return in_place && !kPairs ? plan.destination.axis[1] : steps_of(block) * all_columns;
+  };
+
+  SourceView<Part> views[kMostTogether];
+  WeightGradOperands<E> operands[kMostTogether];
+  for (int64_t index = 0; index < count; ++index) {
+    const Block& block = blocks[index];
+    const T* from = grad_output + block.image * plan.destination.image +
+                    (block.group * plan.channels + first_out) * plan.destination.channel +
+                    block.depth * plan.destination.axis[0] + block.rows.begin * plan.destination.axis[1] +
+                    block.columns.begin * plan.destination.axis[2];
+    const Part* parts = grads + index * grad_values;
+    int64_t pixel = all_columns, row_pitch = block.columns.size() * all_columns;
     if (in_place) {
-      grad_parts = grad_output;
-      grad_pixel = plan.destination.axis[2];
-      grad_row = plan.destination.axis[1];
+      if constexpr (std::is_same_v<T, Part>) parts = from;
+      pixel = plan.destination.axis[2];
+      row_pitch = plan.destination.axis[1];
+    } else {
+      Part* to = grads + index * grad_values;
+      if (out_channels < all_columns) fill_zero(to, block.rows.size() * row_pitch);
+      for (int64_t row = 0; row < block.rows.size(); ++row)
+        copy_in(from + row * plan.destination.axis[1], plan.destination, out_channels, block.columns.size(),
+                to + row * row_pitch, pixel);
     }
-  }
-  if (!in_place) {
-    if (out_channels < all_columns) fill_zero(grads, block.rows.size() * grad_row);
-    for (int64_t row = 0; row < block.rows.size(); ++row)
-      copy_in(grad_output + row * plan.destination.axis[1], plan.destination, out_channels, block.columns.size(),
-              grads + row * grad_row, grad_pixel);
-  }
-  const E* grad;
-  if constexpr (kPairs) {
-    if (out_channels < all_columns) fill_zero(grad_pairs, block.rows.size() * steps * all_columns);
-    for (int64_t row = 0; row < block.rows.size(); ++row)
-      pair_pixels(grad_parts + row * grad_row, grad_pixel, block.columns.size(), out_channels,
-                  grad_pairs + row * steps * all_columns, all_columns);
-    grad = grad_pairs;
-    grad_pixel = all_columns;
-    grad_row = steps * all_columns;
-  } else {
-    grad = grad_parts;
+    if constexpr (kPairs) {
+      Bfloat16Pair* to = grad_pairs + index * grad_values;
+      operands[index].grad = to;
+      if (out_channels < all_columns) fill_zero(to, block.rows.size() * grad_row_of(block));
+      for (int64_t row = 0; row < block.rows.size(); ++row)
+        pair_pixels(parts + row * row_pitch, pixel, block.columns.size(), out_channels, to + row * grad_row_of(block),
+                    all_columns);
+    } else {
+      operands[index].grad = parts;
+    }
   }
 
   for (int64_t first_channel = 0; first_channel < plan.source_channels; first_channel += blocking.source_channels) {
     const int64_t left = plan.source_channels - first_channel;
     const int64_t channels = left < blocking.source_channels ? left : blocking.source_channels;
-    const SourceView<Part> view = view_source<Part>(plan, block, input, direct_input, first_channel, channels, inputs);
-    const bool merged = !kPairs && view.pixel == plan.source_channels && channels == plan.source_channels &&
+    for (int64_t index = 0; index < count; ++index)
+      views[index] = view_source<Part>(plan, blocks[index], input, direct_input, first_channel, channels,
+                                       inputs + index * input_values);
+    const int64_t pixel = views[0].pixel;
+    const bool merged = !kPairs && pixel == plan.source_channels && channels == plan.source_channels &&
                         width.offset[width.taps - 1] - width.offset[0] == width.taps - 1;
     for (int64_t w = 0; w < (merged ? 1 : width.taps); ++w) {
-      const int64_t column = block.columns.begin * width.step + width.offset[w] - view.columns.begin;
-      // Of one column of the window: where its sources are, and from which to which row and plane they go.
-      const E* sources;
-      int64_t step, source_row_pitch, source_plane;
-      const Range rows = kPairs ? clipped(reach(height, block.rows), height.source) : view.rows;
-      if constexpr (kPairs) {
-        step = channels;
-        source_row_pitch = steps * channels;
-        source_plane = rows.size() * source_row_pitch;
-        sources = input_pairs;
-        Bfloat16Pair* to = input_pairs;
-        int64_t copied = 0;
-        for_taps(depth, block.depth, [&](int64_t, int64_t plane) {
-          const Part* from = view.data + (direct_input ? plane : copied++) * view.plane + column * view.pixel;
-          for (int64_t row = rows.begin; row < rows.end; ++row, to += source_row_pitch)
-            pair_pixels(from + (row - view.rows.begin) * view.row, width.step * view.pixel, block.columns.size(),
-                        channels, to, channels);
-        });
-      } else {
-        step = width.step * view.pixel;
-        source_row_pitch = view.row;
-        source_plane = view.plane;
-        sources = view.data + column * view.pixel;
+      for (int64_t index = 0; index < count; ++index) {
+        const Block& block = blocks[index];
+        const SourceView<Part>& view = views[index];
+        const Part* from =
+            view.data + (block.columns.begin * width.step + width.offset[w] - view.columns.begin) * pixel;
+        if constexpr (kPairs) {
+          Bfloat16Pair* to = input_pairs + index * input_values;
+          operands[index].input = to;
+          const Range rows = clipped(reach(height, block.rows), height.source);
+          int64_t copied = 0;
+          for_taps(depth, block.depth, [&](int64_t, int64_t plane) {
+            const Part* line = from + (direct_input ? plane : copied++) * view.plane;
+            for (int64_t row = rows.begin; row < rows.end; ++row, to += steps_of(block) * channels)
+              pair_pixels(line + (row - view.rows.begin) * view.row, width.step * pixel, block.columns.size(), channels,
+                          to, channels);
+          });
+        } else {
+          operands[index].input = from;
+        }
       }
-      int64_t copied_planes = 0;
-      for_taps(depth, block.depth, [&](int64_t d, int64_t plane) {
-        const int64_t plane_start = (direct_input && !kPairs ? plane : copied_planes++) * source_plane;
+      for (int64_t d = 0; d < depth.taps; ++d)
         for (int64_t h = 0; h < height.taps; ++h) {
           Run* run = runs;
-          for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
-            const int64_t source_row = row * height.step + height.offset[h];
-            if (source_row < 0 || source_row >= height.source) continue;
-            *run++ = {plane_start + (source_row - rows.begin) * source_row_pitch, (row - block.rows.begin) * grad_row};
+          for (int64_t index = 0; index < count; ++index) {
+            const Block& block = blocks[index];
+            const Range rows = kPairs ? clipped(reach(height, block.rows), height.source) : views[index].rows;
+            const int64_t row_pitch = kPairs ? steps_of(block) * channels : views[index].row;
+            const int64_t plane_pitch = kPairs ? rows.size() * row_pitch : views[index].plane;
+            const int64_t input_start = operands[index].input - operands[0].input;
+            const int64_t grad_start = operands[index].grad - operands[0].grad;
+            int64_t copied = 0;
+            for_taps(depth, block.depth, [&](int64_t tap, int64_t plane) {
+              const int64_t place = direct_input && !kPairs ? plane : copied++;
+              if (tap != d) return;
+              for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
+                const int64_t source_row = row * height.step + height.offset[h];
+                if (source_row < 0 || source_row >= height.source) continue;
+                *run++ = {input_start + place * plane_pitch + (source_row - rows.begin) * row_pitch,
+                          grad_start + (row - block.rows.begin) * grad_row_of(block)};
+              }
+            });
           }
           const int64_t tap = (d * height.taps + h) * width.taps + w;
           for (int64_t panel = first_panel; panel < last_panel; ++panel)
             multiply_rows<E>(
                 merged ? width.taps * channels : channels,
-                {.a = sources,
+                {.a = operands[0].input,
                  .a_row = 1,
-                 .a_step = step,
-                 .b = grad + (panel - first_panel) * panel_size,
+                 .a_step = kPairs ? channels : width.step * pixel,
+                 .b = operands[0].grad + (panel - first_panel) * panel_size,
                  .b_step = grad_pixel,
                  .runs = runs,
                  .run_count = run - runs,
-                 .run_length = steps,
+                 .run_length = steps_of(blocks[0]),
                  .c = sums + panel * panel_step + (tap * plan.source_channels + first_channel) * panel_size,
                  .c_row = panel_size,
                  .columns = (columns_of_panel<A>(plan.channels, panel) + lanes - 1) / lanes * lanes,
                  .bias = nullptr,
                  .accumulate = true});
         }
-      });
     }
   }
 }

@@ -63,9 +63,11 @@ struct Tile {
   const Run* runs;
   int64_t run_count, run_length;
   sum_t<E>* c;
-  int64_t c_row, columns;  // columns of c that exist
-  const sum_t<E>* bias;    // or null
-  bool accumulate;         // onto c
+  int64_t c_row, columns;    // columns of c that exist
+  const sum_t<E>* bias;      // or null
+  bool accumulate;           // onto c
+  bool past_caches = false;  // c is not read again soon, and its columns are whole lines
+  bool fetch_next = false;   // the rows behind these come next
 };
 
 template <class E, int kRows, int kVectors>
@@ -135,7 +137,10 @@ template <class E, int kRows, int kVectors>
         __builtin_memcpy(&before, c, sizeof(V));
         sum[i][v] += before;
       }
-      __builtin_memcpy(c, &sum[i][v], sizeof(V));
+      if (tile.past_caches)
+        store_past_caches(sum[i][v], c);
+      else
+        __builtin_memcpy(c, &sum[i][v], sizeof(V));
     }
   }
 }
@@ -166,6 +171,7 @@ void multiply_rows(int64_t rows, const Tile<E>& whole) {
   const int64_t pieces = whole.run_length > kLongestSum ? (whole.run_length + kLongestSum - 1) / kLongestSum : 1;
   const int64_t runs_at_once = whole.run_length >= kLongestSum ? 1 : kLongestSum / (whole.run_length + 1) + 1;
   Tile<E> tile = whole;
+  tile.past_caches = whole.past_caches && pieces == 1 && whole.run_count <= runs_at_once;
   int64_t first_run = 0;
   do {  // once where there are no runs, to store the bias
     tile.runs = whole.runs + first_run;
@@ -178,6 +184,10 @@ void multiply_rows(int64_t rows, const Tile<E>& whole) {
         const int64_t first_row = rows * index / tiles, row_count = rows * (index + 1) / tiles - first_row;
         tile.a = whole.a + first_row * tile.a_row + first_step * tile.a_step;
         tile.c = whole.c + first_row * tile.c_row;
+        if (tile.fetch_next)
+          for (int64_t row = row_count; row < 2 * row_count; ++row)
+            for (int64_t step = 0; step < tile.run_length; step += 64 / static_cast<int64_t>(sizeof(E)))
+              __builtin_prefetch(tile.a + row * tile.a_row + step, 0, 2);
         if (tile.columns > 2 * kLanes<A>)
           multiply_tile_of<E, 4, kWideTileRows>(row_count, tile);
         else if (tile.columns > kLanes<A>)
