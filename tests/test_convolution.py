@@ -104,7 +104,8 @@ def test_values_and_gradients_are_torchs(backend, device, dtype, name, input, we
         assert_same_as_torch(*both(name), *operands(name, input, weight, options, dtype, device), **options)
 
 
-# What the native kernels cut into blocks: long rows, many rows, channels that do not fit the cache, large weights.
+# What the native kernels cut into blocks: long rows, many rows, channels that do not fit the cache, large weights,
+# results and sources larger than a cache.
 LARGE = [
     ("conv1d", (1, 24, 3000), (20, 24, 5), {"stride": 2, "padding": 2}),
     ("conv1d", (2, 20, 3001), (20, 1, 4), {"stride": 3, "padding": 2, "groups": 20}),
@@ -114,6 +115,9 @@ LARGE = [
     ("conv2d", (1, 3, 230, 231), (3, 1, 5, 5), {"padding": 2, "groups": 3}),
     ("conv2d", (2, 40, 12, 61), (40, 1, 3, 3), {"padding": 1, "stride": 2, "groups": 40}),
     ("conv2d", (1, 6, 9, 40), (6, 1, 2, 3), {"stride": (9, 11), "padding": 1, "groups": 6}),
+    ("conv2d", (4, 200, 8, 9), (180, 200, 3, 3), {"padding": 1, "stride": 2}),
+    ("conv2d", (1, 16, 256, 257), (64, 16, 1, 1), {}),
+    ("conv2d", (1, 64, 256, 257), (64, 4, 3, 3), {"padding": 1, "groups": 16}),
     ("conv3d", (1, 18, 6, 20, 21), (34, 18, 3, 3, 3), {"padding": 1}),
     ("conv_transpose2d", (1, 128, 15, 16), (128, 40, 4, 4), {"stride": 2, "padding": 1}),
 ]

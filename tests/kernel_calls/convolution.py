@@ -33,6 +33,9 @@ def _calls(
     ]
 
 
+INFINITE = torch.ones(1, 4, 3, 5)
+INFINITE[0, 0, 0, 4] = float("inf")
+
 CALLS = [
     *_calls((2, 3, 9), (4, 3, 3), stride=2, padding=1),
     *_calls((1, 4, 23), (6, 4, 4), stride=3, padding=2, dilation=2, bias=False),
@@ -64,11 +67,28 @@ CALLS = [
     *_calls((1, 3, 10, 100), (7, 3, 3, 5), stride=(2, 3), padding=(1, 2), layout="channels_last"),
     *_calls((1, 5, 4, 6, 33), (2, 5, 3, 2, 3), stride=(2, 1, 2), dilation=(1, 2, 3), padding=(1, 0, 2)),
     *_calls((1, 1, 700), (1, 1, 9), padding=12, dilation=3),
+    # Groups of few channels: planes of whole blocks, in steps, in phases, a line, a volume; more channels than rows of
+    # a tile; vectors of whole groups.
+    *_calls((2, 12, 9, 11), (15, 4, 3, 3), groups=3, padding=1),
+    *_calls((1, 18, 10, 13), (9, 6, 3, 4), groups=3, stride=(2, 3), padding=(1, 2), dilation=(2, 1)),
+    *_calls((2, 12, 70), (6, 2, 5), groups=6, padding=4, dilation=2, bias=False),
+    *_calls((1, 8, 4, 7, 6), (12, 4, 2, 3, 3), groups=2, stride=(1, 2, 1), padding=(1, 1, 0)),
+    *_calls((1, 32, 14, 14), (32, 16, 3, 3), groups=2, padding=1),
+    *_calls((2, 21, 6, 9), (14, 3, 3, 3), groups=7, padding=1, layout="channels_last", weight_layout="channels_last"),
+    *_calls((2, 40, 6, 19), (40, 4, 3, 3), groups=10, padding=1, layout="channels_last"),
+    *_calls((2, 24, 9, 12), (24, 8, 3, 3), groups=3, stride=2, padding=1, layout="channels_last"),
+    *_calls((1, 36, 5, 16), (36, 2, 2, 5), groups=18, padding=(1, 2), layout="channels_last"),
+    *_calls((1, 16, 3, 5, 6), (16, 2, 3, 1, 3), groups=8, padding=1, layout="channels_last"),
+    # A gradient that does not stay in a cache, of several images at once.
+    *_calls((5, 150, 6, 7), (100, 150, 3, 3), stride=2, padding=1),
+    *_calls((4, 256, 5, 3), (520, 256, 1, 1), layout="channels_last", bias=False),
     # Winograd: patches with outputs outside, channels left over, many images in a block, groups, a volume in phases.
     *_calls((2, 17, 13, 18), (35, 17, 3, 3), padding=1, fast=True),
     *_calls((3, 32, 12, 15), (32, 16, 3, 3), groups=2, layout="channels_last", bias=False, fast=True),
     *_calls((25, 16, 4, 4), (16, 16, 3, 3), padding=1, fast=True),
     *_calls((2, 16, 6, 10, 11), (16, 16, 3, 3, 3), stride=(2, 1, 1), padding=(1, 2, 2), fast=True),
+    # An infinity that only the window's last column meets.
+    Call("conv_weight_grad", (Given(torch.ones(1, 4, 3, 3)), Given(INFINITE), [3, 3], [1, 1], [1, 0], [1, 1], 2)),
     Call("conv_forward", (Random((0, 3, 5, 4)), Random((2, 3, 3, 3)), None, [3, 2], [1, 1], [0, 0], [1, 1], 1)),
     Call("conv_weight_grad", (Random((0, 2, 3)), Random((0, 3, 5)), [3], [1], [0], [1], 1)),
     Call("conv_input_grad", (Random((1, 0, 3)), Random((0, 3, 3)), Random((3,)), [5], [1], [0], [1], 1)),
