@@ -6,8 +6,6 @@ Of the output and of both gradients: the largest error, over the largest value. 
 a table accuracy.md.
 """
 
-import dataclasses
-import datetime
 import json
 from typing import Annotated, Any
 
@@ -19,9 +17,8 @@ from torch.utils._pytree import tree_map
 
 import manual_ops
 from manual_ops.compare import Layer, arguments
-from manual_ops.environment import environment
 from manual_ops.registry import OPERATIONS
-from run import RESULTS, commit
+from run import RESULTS, provenance
 from suites import CONVOLUTIONS
 
 # float64 has nothing to be measured against.
@@ -40,9 +37,7 @@ def main(
         suite = CONVOLUTIONS[name]
         dtype = getattr(torch, suite.dtype)
         document["suites"][name] = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "environment": dataclasses.asdict(environment()),
+            **provenance(),
             "layers": {layer.name: errors(layer, dtype, suite.channels_last) for layer in suite.layers},
         }
         path.write_text(json.dumps(document, indent=1) + "\n")

@@ -2,11 +2,10 @@
 
     python benchmarks/networks.py [resnet50 vgg16 ...] [--batch 4] [--image 224] [--channels-last]
 
-Writes results/cpu/networks.json and .png (networks-channels_last with that option).
+Writes results/cpu/networks.json and .png (networks-channels_last with that option, networks-batch_16 with that).
 """
 
 import dataclasses
-import datetime
 import json
 import os
 from typing import Annotated, Any
@@ -16,21 +15,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from manual_ops.environment import environment
 from manual_ops.networks import NETWORKS
 from manual_ops.steps import VARIANTS, Setting, compare_steps
-from run import RESULTS, commit
+from run import RESULTS, provenance
 
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+BATCH = 4
 # What at most, of torch's bytes, lean mode is to keep.
 TARGETS = {"resnet50": 0.6, "mobilenet_v2": 0.45, "densenet121": 0.5, "vgg16": 0.75, "efficientnet_b0": 0.6}
 
 
 def main(
     networks: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(NETWORKS)}; all by default")] = None,
-    batch: Annotated[int, typer.Option(help="images")] = 4,
+    batch: Annotated[int, typer.Option(help="images")] = BATCH,
     image: Annotated[int, typer.Option(help="side of an image, in pixels")] = 224,
     rounds: Annotated[int, typer.Option(help="training steps of each variant that are timed")] = 5,
     threads: Annotated[int, typer.Option(help="that torch may use")] = 1,
@@ -40,15 +39,14 @@ def main(
     RESULTS.mkdir(parents=True, exist_ok=True)
     if threads == 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    path = RESULTS / f"networks{'-channels_last' * channels_last}.json"
+    kind = f"-batch_{batch}" * (batch != BATCH) + "-channels_last" * channels_last
+    path = RESULTS / f"networks{kind}.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"targets": TARGETS, "networks": {}}
     for name in networks or NETWORKS:
         setting = Setting(name, batch, image, threads=threads, channels_last=channels_last)
         steps = compare_steps(setting, rounds=rounds)
         document["networks"][name] = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "environment": dataclasses.asdict(environment()),
+            **provenance(),
             "setting": {**dataclasses.asdict(setting), "dtype": "float32"},
             "rounds": rounds,
             "steps": {step.variant: dataclasses.asdict(step) for step in steps},

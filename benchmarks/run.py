@@ -93,11 +93,9 @@ def measure(name: str, setting: str, seconds: float, compiled: bool, file: str) 
         on_row=lambda row: _print_row(suite, row),
     )
     run = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
+        **provenance(),
         "compiler_flags": os.environ.get("MANUAL_OPS_CXXFLAGS", ""),
         "allocator": {"name": allocator, **ALLOCATORS[allocator]},
-        "environment": dataclasses.asdict(environment()),
         "mean_speedup": result.mean_speedup,
         "lost": {row.layer: row.speedup for row in _lost(suite, result)},
         "comparison": dataclasses.asdict(result),
@@ -167,6 +165,15 @@ def summary() -> str:
         aim = "" if SUITES[name].target is None else f"{SUITES[name].target:g}"
         lines.append(f"| {name} | {aim} | {' | '.join(means)} | {names} |")
     return "\n".join(lines) + "\n"
+
+
+def provenance() -> dict[str, Any]:
+    """When, of which commit and where figures were measured."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "environment": dataclasses.asdict(environment()),
+    }
 
 
 def commit() -> str:
