@@ -39,7 +39,9 @@ def main(
     RESULTS.mkdir(parents=True, exist_ok=True)
     if threads == 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    kind = f"-batch_{batch}" * (batch != BATCH) + "-channels_last" * channels_last
+    kind = (
+        f"-batch_{batch}" * (batch != BATCH) + f"-threads_{threads}" * (threads > 1) + "-channels_last" * channels_last
+    )
     path = RESULTS / f"networks{kind}.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"targets": TARGETS, "networks": {}}
     for name in networks or NETWORKS:

@@ -67,7 +67,9 @@ def set_precision(name: Precision) -> None:
             3x3), in all three passes: a quarter of the products, and errors that are at most 4e-6 of the largest output
             in float32 (measured on normal values: 0.9e-6 with 16 channels, 2.1e-6 with 128 to 1024; directly 2e-7 to
             5e-7). A result that is not finite is made again directly, so infinities spread no further than they must.
-            "strict" keeps every convolution's error within that of torch's plus rounding.
+            "strict" keeps every convolution's error within that of torch's plus rounding. In both, processors that
+            multiply pairs of bfloat16 (AVX512_BF16) do so, and add the products in float32; values below the normal
+            numbers count as zero there.
 
     Raises:
         ValueError: for any other name.

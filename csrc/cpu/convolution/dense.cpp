@@ -1,4 +1,9 @@
 // Convolution by register-blocked tiles, for any shape.
+//
+// Scratch memory: the weight once more, in the accumulation type and with its channels filled up to whole vectors; and
+// in each thread what a block copies and sums, which choose_blocking() keeps below 192 KB where its least columns and
+// channels allow it. A weight gradient takes its sums, of one weight or at most kPartBytes, and in each thread the
+// copies of one block or at most kBatchBytes.
 #include <utility>
 
 #include "cpu/caches.h"
@@ -170,11 +175,11 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
         blocks.clear();
         for (int64_t next = block; next < std::min(block + batch, last); ++next)
           blocks.push_back(block_at(plan, blocking, next, group));
-        MANUAL_OPS_FOR_ISA(
-            weight_grad_blocks<E>(plan, blocking, blocks.data(), static_cast<int64_t>(blocks.size()), direct, input,
-                                  grad_output, panels.count * share / shares, panels.count * (share + 1) / shares,
-                                  sums.data() + part * values + group * group_values, inputs.data(), copied,
-                                  grads.data(), gradients, input_pairs.data(), grad_pairs.data(), runs.data()));
+        MANUAL_OPS_FOR_ISA(weight_grad_blocks<E>(
+            plan, blocking, blocks.data(), static_cast<int64_t>(blocks.size()), direct, input, grad_output,
+            panels.count * share / shares, panels.count * (share + 1) / shares,
+            sums.data() + part * values + group * group_values,
+            {inputs.data(), grads.data(), input_pairs.data(), grad_pairs.data(), copied, gradients, runs.data()}));
       }
     }
   });

@@ -154,145 +154,168 @@ inline void pair_pixels(const BFloat16* from, int64_t step, int64_t pixels, int6
   }
 }
 
-// Where the micro-kernel reads a block's operands for its weight gradient: of a tap at depth plane 0, row 0 and column
-// 0 of the block, and of the output's gradient.
+// What some blocks' weight gradients are made in. The scratch memory of block k begins at k times its size of one
+// block.
 template <class E>
-struct WeightGradOperands {
-  const E *input, *grad;
+struct WeightGradScratch {
+  part_t<E>* inputs;                       // input_values for each block
+  part_t<E>* grads;                        // grad_values
+  Bfloat16Pair *input_pairs, *grad_pairs;  // as many, where E is a pair
+  int64_t input_values, grad_values;
+  Run* runs;  // for the rows of all blocks
 };
 
-// Adds some blocks' share of a group's weight gradient to panels first_panel .. last_panel of `sums`, which are
-// [panel][tap][input channel][panel_size]. The plan is forward's: its destination is grad_output. Where E is a pair, it
-// is one of neighbouring pixels, of the gradient and of the sources under one column of the window. Scratch memory of a
-// block: `inputs` of input_values, `grads` of grad_values; `runs` for the rows of all blocks.
+// Of a row of a block, in E: a pair is one of neighbouring pixels.
+template <class E>
+int64_t steps_of(const Block& block) {
+  return (block.columns.size() + kPartsOf<E> - 1) / kPartsOf<E>;
+}
+
+// The gradient of a block as the micro-kernel's b, of some channels; it lies in place, or in scratch memory with
+// `columns` columns, zeros behind the last channel.
+template <class E, class T>
+const E* weight_grad_gradient(const Gather& plan, const Block& block, const T* grad_output, int64_t first_channel,
+                              int64_t channels, int64_t columns, bool in_place, part_t<E>* scratch,
+                              Bfloat16Pair* pairs) {
+  using Part = part_t<E>;
+  const Layout& layout = plan.destination;
+  const T* from = grad_output + block.image * layout.image +
+                  (block.group * plan.channels + first_channel) * layout.channel + block.depth * layout.axis[0] +
+                  block.rows.begin * layout.axis[1] + block.columns.begin * layout.axis[2];
+  const Part* parts = scratch;
+  int64_t pixel = columns, row_pitch = block.columns.size() * columns;
+  if (in_place) {
+    if constexpr (std::is_same_v<T, Part>) parts = from;
+    pixel = layout.axis[2];
+    row_pitch = layout.axis[1];
+  } else {
+    if (channels < columns) fill_zero(scratch, block.rows.size() * row_pitch);
+    for (int64_t row = 0; row < block.rows.size(); ++row)
+      copy_in(from + row * layout.axis[1], layout, channels, block.columns.size(), scratch + row * row_pitch, pixel);
+  }
+  if constexpr (std::is_same_v<E, Part>) {
+    return parts;
+  } else {
+    const int64_t pairs_row = steps_of<E>(block) * columns;
+    if (channels < columns) fill_zero(pairs, block.rows.size() * pairs_row);
+    for (int64_t row = 0; row < block.rows.size(); ++row)
+      pair_pixels(parts + row * row_pitch, pixel, block.columns.size(), channels, pairs + row * pairs_row, columns);
+    return pairs;
+  }
+}
+
+// Where the micro-kernel reads the sources under column `w` of the window: of plane 0, row 0 and column 0 of the block.
+template <class E>
+struct WeightGradInput {
+  const E* data;
+  int64_t plane, row;
+  Range rows;        // that are there
+  bool every_plane;  // or those alone that a tap reads
+};
+
+template <class E>
+WeightGradInput<E> weight_grad_input(const Gather& plan, const Block& block, const SourceView<part_t<E>>& view,
+                                     bool in_place, int64_t channels, int64_t w, Bfloat16Pair* pairs) {
+  const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
+  const part_t<E>* from =
+      view.data + (block.columns.begin * width.step + width.offset[w] - view.columns.begin) * view.pixel;
+  if constexpr (std::is_same_v<E, part_t<E>>) {
+    return {from, view.plane, view.row, view.rows, in_place};
+  } else {
+    const Range rows = clipped(reach(height, block.rows), height.source);
+    const int64_t row_pitch = steps_of<E>(block) * channels;
+    Bfloat16Pair* to = pairs;
+    int64_t copied = 0;
+    for_taps(plan.axis[0], block.depth, [&](int64_t, int64_t plane) {
+      const part_t<E>* line = from + (in_place ? plane : copied++) * view.plane;
+      for (int64_t row = rows.begin; row < rows.end; ++row, to += row_pitch)
+        pair_pixels(line + (row - view.rows.begin) * view.row, width.step * view.pixel, block.columns.size(), channels,
+                    to, channels);
+    });
+    return {pairs, rows.size() * row_pitch, row_pitch, rows, false};
+  }
+}
+
+// The rows of a block that row `h` of the window meets a source from, at tap `d` of the depth: from `input` and `grad`
+// on, added to the list.
+template <class E>
+Run* add_weight_grad_runs(const Gather& plan, const Block& block, const WeightGradInput<E>& from, int64_t d, int64_t h,
+                          int64_t input, int64_t grad, int64_t grad_row, Run* run) {
+  const GatherAxis& height = plan.axis[1];
+  int64_t copied = 0;
+  for_taps(plan.axis[0], block.depth, [&](int64_t tap, int64_t plane) {
+    const int64_t place = from.every_plane ? plane : copied++;
+    if (tap != d) return;
+    for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
+      const int64_t source_row = row * height.step + height.offset[h];
+      if (source_row < 0 || source_row >= height.source) continue;
+      *run++ = {input + place * from.plane + (source_row - from.rows.begin) * from.row,
+                grad + (row - block.rows.begin) * grad_row};
+    }
+  });
+  return run;
+}
+
+// Adds the share of some blocks, of one width, of a group's weight gradient to panels first_panel .. last_panel of
+// `sums`, which are [panel][tap][input channel][panel_size]. The plan is forward's: its destination is grad_output.
 template <class E, class T>
 void weight_grad_blocks(const Gather& plan, const Blocking& blocking, const Block* blocks, int64_t count,
-                        bool direct_input, const T* input, const T* grad_output, int64_t first_panel,
-                        int64_t last_panel, accumulate_t<T>* sums, part_t<E>* inputs, int64_t input_values,
-                        part_t<E>* grads, int64_t grad_values, Bfloat16Pair* input_pairs, Bfloat16Pair* grad_pairs,
-                        Run* runs) {
+                        bool input_in_place, const T* input, const T* grad_output, int64_t first_panel,
+                        int64_t last_panel, accumulate_t<T>* sums, const WeightGradScratch<E>& scratch) {
   using A = accumulate_t<T>;
-  using Part = part_t<E>;
   constexpr bool kPairs = kPartsOf<E> == 2;
   const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
   int64_t panel_size;
   panel_width<A>(plan.channels, panel_size);
   const int64_t panel_step = plan.taps() * plan.source_channels * panel_size;
-  const int64_t lanes = kLanes<A>;
-  const int64_t first_out = first_panel * panel_size;
-  const int64_t out_channels =
-      (last_panel * panel_size < plan.channels ? last_panel * panel_size : plan.channels) - first_out;
-  const int64_t all_columns = (last_panel - first_panel) * panel_size;
-  // Of a row of the block, in E.
-  const auto steps_of = [](const Block& block) { return (block.columns.size() + kPartsOf<E> - 1) / kPartsOf<E>; };
-  bool in_place = false;
-  if constexpr (std::is_same_v<T, Part>)
-    in_place = plan.destination.channel == 1 && (kPairs || out_channels == all_columns);
-  const int64_t grad_pixel = in_place && !kPairs ? plan.destination.axis[2] : all_columns;
-  const auto grad_row_of = [&](const Block& block) {
-    return in_place && !kPairs ? plan.destination.axis[1] : steps_of(block) * all_columns;
-  };
+  const int64_t first_out = first_panel * panel_size, all_columns = last_panel * panel_size - first_out;
+  const int64_t out_channels = plan.channels - first_out < all_columns ? plan.channels - first_out : all_columns;
+  const bool grad_in_place =
+      std::is_same_v<T, part_t<E>> && plan.destination.channel == 1 && (kPairs || out_channels == all_columns);
+  const bool grad_read_there = grad_in_place && !kPairs;
+  const int64_t grad_row = grad_read_there ? plan.destination.axis[1] : steps_of<E>(blocks[0]) * all_columns;
 
-  SourceView<Part> views[kMostTogether];
-  WeightGradOperands<E> operands[kMostTogether];
-  for (int64_t index = 0; index < count; ++index) {
-    const Block& block = blocks[index];
-    const T* from = grad_output + block.image * plan.destination.image +
-                    (block.group * plan.channels + first_out) * plan.destination.channel +
-                    block.depth * plan.destination.axis[0] + block.rows.begin * plan.destination.axis[1] +
-                    block.columns.begin * plan.destination.axis[2];
-    const Part* parts = grads + index * grad_values;
-    int64_t pixel = all_columns, row_pitch = block.columns.size() * all_columns;
-    if (in_place) {
-      if constexpr (std::is_same_v<T, Part>) parts = from;
-      pixel = plan.destination.axis[2];
-      row_pitch = plan.destination.axis[1];
-    } else {
-      Part* to = grads + index * grad_values;
-      if (out_channels < all_columns) fill_zero(to, block.rows.size() * row_pitch);
-      for (int64_t row = 0; row < block.rows.size(); ++row)
-        copy_in(from + row * plan.destination.axis[1], plan.destination, out_channels, block.columns.size(),
-                to + row * row_pitch, pixel);
-    }
-    if constexpr (kPairs) {
-      Bfloat16Pair* to = grad_pairs + index * grad_values;
-      operands[index].grad = to;
-      if (out_channels < all_columns) fill_zero(to, block.rows.size() * grad_row_of(block));
-      for (int64_t row = 0; row < block.rows.size(); ++row)
-        pair_pixels(parts + row * row_pitch, pixel, block.columns.size(), out_channels, to + row * grad_row_of(block),
-                    all_columns);
-    } else {
-      operands[index].grad = parts;
-    }
-  }
+  const E* grads[kMostTogether];
+  for (int64_t k = 0; k < count; ++k)
+    grads[k] =
+        weight_grad_gradient<E>(plan, blocks[k], grad_output, first_out, out_channels, all_columns, grad_in_place,
+                                scratch.grads + k * scratch.grad_values, scratch.grad_pairs + k * scratch.grad_values);
 
+  SourceView<part_t<E>> views[kMostTogether];
+  WeightGradInput<E> inputs[kMostTogether];
   for (int64_t first_channel = 0; first_channel < plan.source_channels; first_channel += blocking.source_channels) {
     const int64_t left = plan.source_channels - first_channel;
     const int64_t channels = left < blocking.source_channels ? left : blocking.source_channels;
-    for (int64_t index = 0; index < count; ++index)
-      views[index] = view_source<Part>(plan, blocks[index], input, direct_input, first_channel, channels,
-                                       inputs + index * input_values);
-    const int64_t pixel = views[0].pixel;
-    const bool merged = !kPairs && pixel == plan.source_channels && channels == plan.source_channels &&
+    for (int64_t k = 0; k < count; ++k)
+      views[k] = view_source<part_t<E>>(plan, blocks[k], input, input_in_place, first_channel, channels,
+                                        scratch.inputs + k * scratch.input_values);
+    const bool merged = !kPairs && views[0].pixel == plan.source_channels && channels == plan.source_channels &&
                         width.offset[width.taps - 1] - width.offset[0] == width.taps - 1;
     for (int64_t w = 0; w < (merged ? 1 : width.taps); ++w) {
-      for (int64_t index = 0; index < count; ++index) {
-        const Block& block = blocks[index];
-        const SourceView<Part>& view = views[index];
-        const Part* from =
-            view.data + (block.columns.begin * width.step + width.offset[w] - view.columns.begin) * pixel;
-        if constexpr (kPairs) {
-          Bfloat16Pair* to = input_pairs + index * input_values;
-          operands[index].input = to;
-          const Range rows = clipped(reach(height, block.rows), height.source);
-          int64_t copied = 0;
-          for_taps(depth, block.depth, [&](int64_t, int64_t plane) {
-            const Part* line = from + (direct_input ? plane : copied++) * view.plane;
-            for (int64_t row = rows.begin; row < rows.end; ++row, to += steps_of(block) * channels)
-              pair_pixels(line + (row - view.rows.begin) * view.row, width.step * pixel, block.columns.size(), channels,
-                          to, channels);
-          });
-        } else {
-          operands[index].input = from;
-        }
-      }
+      for (int64_t k = 0; k < count; ++k)
+        inputs[k] = weight_grad_input<E>(plan, blocks[k], views[k], input_in_place, channels, w,
+                                         scratch.input_pairs + k * scratch.input_values);
       for (int64_t d = 0; d < depth.taps; ++d)
         for (int64_t h = 0; h < height.taps; ++h) {
-          Run* run = runs;
-          for (int64_t index = 0; index < count; ++index) {
-            const Block& block = blocks[index];
-            const Range rows = kPairs ? clipped(reach(height, block.rows), height.source) : views[index].rows;
-            const int64_t row_pitch = kPairs ? steps_of(block) * channels : views[index].row;
-            const int64_t plane_pitch = kPairs ? rows.size() * row_pitch : views[index].plane;
-            const int64_t input_start = operands[index].input - operands[0].input;
-            const int64_t grad_start = operands[index].grad - operands[0].grad;
-            int64_t copied = 0;
-            for_taps(depth, block.depth, [&](int64_t tap, int64_t plane) {
-              const int64_t place = direct_input && !kPairs ? plane : copied++;
-              if (tap != d) return;
-              for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
-                const int64_t source_row = row * height.step + height.offset[h];
-                if (source_row < 0 || source_row >= height.source) continue;
-                *run++ = {input_start + place * plane_pitch + (source_row - rows.begin) * row_pitch,
-                          grad_start + (row - block.rows.begin) * grad_row_of(block)};
-              }
-            });
-          }
+          Run* run = scratch.runs;
+          for (int64_t k = 0; k < count; ++k)
+            run = add_weight_grad_runs(plan, blocks[k], inputs[k], d, h, inputs[k].data - inputs[0].data,
+                                       grads[k] - grads[0], grad_row, run);
           const int64_t tap = (d * height.taps + h) * width.taps + w;
           for (int64_t panel = first_panel; panel < last_panel; ++panel)
             multiply_rows<E>(
                 merged ? width.taps * channels : channels,
-                {.a = operands[0].input,
+                {.a = inputs[0].data,
                  .a_row = 1,
-                 .a_step = kPairs ? channels : width.step * pixel,
-                 .b = operands[0].grad + (panel - first_panel) * panel_size,
-                 .b_step = grad_pixel,
-                 .runs = runs,
-                 .run_count = run - runs,
-                 .run_length = steps_of(blocks[0]),
+                 .a_step = kPairs ? channels : width.step * views[0].pixel,
+                 .b = grads[0] + (panel - first_panel) * panel_size,
+                 .b_step = grad_read_there ? plan.destination.axis[2] : all_columns,
+                 .runs = scratch.runs,
+                 .run_count = run - scratch.runs,
+                 .run_length = steps_of<E>(blocks[0]),
                  .c = sums + panel * panel_step + (tap * plan.source_channels + first_channel) * panel_size,
                  .c_row = panel_size,
-                 .columns = (columns_of_panel<A>(plan.channels, panel) + lanes - 1) / lanes * lanes,
+                 .columns = whole_lanes<A>(columns_of_panel<A>(plan.channels, panel)),
                  .bias = nullptr,
                  .accumulate = true});
         }
