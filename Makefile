@@ -7,7 +7,7 @@
 # make cuda     manual_ops._C_cuda, wherever there is nvcc: with a torch without CUDA it is built and cannot be used
 # make cuda-report     registers, shared memory and spills of each CUDA kernel; writes benchmarks/results/
 # make lint     ruff, clang-format, mypy
-# make bench    the full benchmarks; writes benchmarks/results/cpu/
+# make bench    the full benchmarks; writes benchmarks/results/cpu/ and README's tables
 # make test-gpu        builds for this machine's GPU and runs the tests on it; FLAGS go to pytest
 # make sanitize-gpu    the kernels' tests under compute-sanitizer
 # make bench-gpu       builds, tests, measures on this machine's GPU in under 9 minutes; OUT=folder gets a copy
@@ -98,11 +98,15 @@ lint: $(READY)
 	$(RUN) -c 'import clang_format as c; c.clang_format()' --dry-run -Werror $(shell find csrc tests/cuda_emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 	$(RUN) -m mypy
 
+BATCH_16 := resnet18 resnet50 mobilenet_v2 vgg11 --batch 16 --rounds 3
 bench: $(READY)
 	$(RUN) benchmarks/run.py
 	$(RUN) benchmarks/networks.py
 	$(RUN) benchmarks/networks.py --channels-last
+	$(RUN) benchmarks/networks.py $(BATCH_16)
+	$(RUN) benchmarks/networks.py $(BATCH_16) --channels-last
 	$(RUN) benchmarks/accuracy.py
+	$(RUN) benchmarks/readme.py
 
 build-gpu: $(GPU_READY)
 	$(RUN) benchmarks/gpu.py --build
