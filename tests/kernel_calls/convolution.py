@@ -81,7 +81,13 @@ CALLS = [
     *_calls((1, 16, 3, 5, 6), (16, 2, 3, 1, 3), groups=8, padding=1, layout="channels_last"),
     # A gradient that does not stay in a cache, of several images at once.
     *_calls((5, 150, 6, 7), (100, 150, 3, 3), stride=2, padding=1),
-    *_calls((4, 256, 5, 3), (520, 256, 1, 1), layout="channels_last", bias=False),
+    Call(
+        "conv_weight_grad",
+        (
+            *(Random((4, channels, 5, 3), "channels_last") for channels in (520, 256)),
+            *([1, 1], [1, 1], [0, 0], [1, 1], 1, False),
+        ),
+    ),
     # Winograd: patches with outputs outside, channels left over, many images in a block, groups, a volume in phases.
     *_calls((2, 17, 13, 18), (35, 17, 3, 3), padding=1, fast=True),
     *_calls((3, 32, 12, 15), (32, 16, 3, 3), groups=2, layout="channels_last", bias=False, fast=True),
