@@ -44,12 +44,6 @@ Gather in_pairs(Gather plan) {
   return plan;
 }
 
-// Whether the micro-kernel multiplies pairs of bfloat16, instead of their values in float32.
-template <class T>
-bool multiplies_pairs() {
-  return std::is_same_v<T, BFloat16> && multiplies_bfloat16();
-}
-
 // The blocks block_of(0) .. block_of(count - 1), each at most as large as the blocking's. The plan counts source
 // channels in E.
 template <class E, class T, class BlockOf>
@@ -115,7 +109,7 @@ void dense_gather(const Gather& plan, const WeightLayout& layout, const T* sourc
                   T* destination) {
   using A = accumulate_t<T>;
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (multiplies_pairs<T>() && plan.source_channels % 2 == 0)
+    if (multiplies_bfloat16() && plan.source_channels % 2 == 0)
       return gather_all<Bfloat16Pair, BFloat16>(in_pairs(plan), layout, source, weight, bias, destination);
   }
   gather_all<A, A>(plan, layout, source, weight, bias, destination);
@@ -201,7 +195,7 @@ void dense_weight_grad(const Gather& plan, const WeightLayout& layout, const T* 
                        T* grad_weight) {
   using A = accumulate_t<T>;
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (multiplies_pairs<T>())
+    if (multiplies_bfloat16())
       return weight_grad_of<Bfloat16Pair, BFloat16>(plan, layout, input, grad_output, grad_weight);
   }
   weight_grad_of<A, A>(plan, layout, input, grad_output, grad_weight);

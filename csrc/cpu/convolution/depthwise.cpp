@@ -43,8 +43,6 @@ namespace manual_ops {
 
 namespace {
 
-// A vector of any instruction set is no longer than this many values.
-constexpr int64_t kMostLanes = 16;
 // The copies of a part lie in the second-level cache, next to what is being read and written.
 constexpr int64_t kCopyBytes = 256 * 1024;
 // So many columns of a copy, and of a result.
@@ -54,8 +52,6 @@ constexpr int64_t kLeastPixels = 56;
 constexpr int64_t kLeastParts = 64;
 // Weight gradients of channels_last tensors are summed in so many shares.
 constexpr int64_t kShares = 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class A>
 int64_t vector_lanes() {

@@ -13,8 +13,6 @@ constexpr int64_t kLeastBlocks = 8;
 // Blocks are not cut below this many columns or source channels: a tile would not pay for its start.
 constexpr int64_t kLeastColumns = 56, kLeastChannels = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 GatherPlan plan_of(const ConvGeometry& g, const Layout& source, const Layout& destination) {
   GatherPlan plan;
   plan.batch = g.batch;

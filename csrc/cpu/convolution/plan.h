@@ -37,6 +37,11 @@ struct GatherPlan : Gather {
 GatherPlan forward_plan(const ConvGeometry& g, const Layout& input, const Layout& output);
 GatherPlan input_grad_plan(const ConvGeometry& g, const Layout& grad_output, const Layout& grad_input);
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A vector of any instruction set is no longer than this many values.
+constexpr int64_t kMostLanes = 16;
+
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }

@@ -13,11 +13,8 @@ namespace manual_ops {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// A vector of any instruction set is no longer than this many values.
-constexpr int64_t kMostLanes = 16;
 // The kernels work on so many values at once at the most, some of them behind the last one that is kept.
 constexpr int64_t kMostPlaces = 4 * kMostLanes;
 

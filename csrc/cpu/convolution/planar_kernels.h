@@ -76,17 +76,13 @@ void copy_planar(const T* plane, const Layout& layout, int64_t height, int64_t w
 template <class T>
 int64_t copy_planar_sources(const Gather& plan, const Block& block, const PlanarCopy& copy, Range groups,
                             const T* source, accumulate_t<T>* to) {
-  const GatherAxis& depth = plan.axis[0];
   source += block.image * plan.source.image + groups.begin * plan.source_channels * plan.source.channel;
-  const int64_t phase = block.depth % depth.phases, position = block.depth / depth.phases * depth.step;
   int64_t copied = 0;
-  for (int64_t d = depth.first[phase]; d < depth.first[phase + 1]; ++d) {
-    const int64_t plane = position + depth.offset[d];
-    if (plane < 0 || plane >= depth.source) continue;
+  for_taps(plan.axis[0], block.depth, [&](int64_t, int64_t plane) {
     copy_planar(source + plane * plan.source.axis[0], plan.source, plan.axis[1].source, plan.axis[2].source, copy,
                 groups.size() * plan.source_channels, groups.size() * plan.source_channels * plan.source.channel,
                 to + copied++ * copy.plane);
-  }
+  });
   return copied;
 }
 
@@ -94,19 +90,16 @@ int64_t copy_planar_sources(const Gather& plan, const Block& block, const Planar
 template <class Body>
 void for_planar_taps(const Gather& plan, const Block& block, const PlanarCopy& copy, Range rows, int64_t row_phase,
                      Range columns, int64_t column_phase, const Body& body) {
-  const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
-  const int64_t phase = block.depth % depth.phases, position = block.depth / depth.phases * depth.step;
+  const GatherAxis &height = plan.axis[1], &width = plan.axis[2];
   int64_t copied = 0;
-  for (int64_t d = depth.first[phase]; d < depth.first[phase + 1]; ++d) {
-    const int64_t plane = position + depth.offset[d];
-    if (plane < 0 || plane >= depth.source) continue;
+  for_taps(plan.axis[0], block.depth, [&](int64_t d, int64_t) {
     for (int64_t h = height.first[row_phase]; h < height.first[row_phase + 1]; ++h)
       for (int64_t w = width.first[column_phase]; w < width.first[column_phase + 1]; ++w)
         body((d * height.taps + h) * width.taps + w,
              copied * copy.plane + copy.at(rows.begin * height.step + height.offset[h] - copy.rows.begin,
                                            columns.begin * width.step + width.offset[w] - copy.columns.begin));
     ++copied;
-  }
+  });
 }
 
 // The groups' outputs of one block. `weight` is [group][tap][source channel][channel]; `sources`, `sums` and `runs` are

@@ -35,8 +35,6 @@ constexpr int64_t kBlocks = 8;
 // A weight gradient is summed in at most so many parts, each of at least so many blocks.
 constexpr int64_t kParts = 8, kPartBlocks = 4;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t count_patches(const Gather& plan) {
   return plan.batch * plan.axis[0].destination * ceil_div(plan.axis[1].destination, kPatch) *
          ceil_div(plan.axis[2].destination, kPatch);
