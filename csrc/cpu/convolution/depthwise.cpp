@@ -132,10 +132,10 @@ std::vector<accumulate_t<T>> packed_weight(const Gather& plan, const WeightLayou
   auto to = packed.begin();
   for (const int64_t offset : offsets)
     for (int64_t source_channel = 0; source_channel < plan.source_channels; ++source_channel)
-      for (int64_t channel = 0; channel < all_channels(plan); ++channel)
-        *to++ = static_cast<accumulate_t<T>>(
-            weight[channel / plan.channels * layout.group + channel % plan.channels * layout.channel_step +
-                   source_channel * layout.source_step + offset]);
+      for (int64_t group = 0; group < plan.groups; ++group)
+        for (int64_t channel = 0; channel < plan.channels; ++channel)
+          *to++ = static_cast<accumulate_t<T>>(weight[group * layout.group + channel * layout.channel_step +
+                                                      source_channel * layout.source_step + offset]);
   return packed;
 }
 
@@ -237,13 +237,14 @@ void depthwise_weight_grad(const Gather& plan, const WeightLayout& layout, bool 
   // [share][vector][channel of the output in its group][tap][lane, a channel of the input]
   for (int64_t channel = 0; channel < all_channels(plan); ++channel) {
     const int64_t vector = channel / vectors.lanes, lane = channel - vectors.first(vector);
-    for (int64_t index = 0; index < taps; ++index) {
-      A sum = 0;
-      for (int64_t share = 0; share < shares; ++share)
-        sum += sums[((share * vectors.count + vector) * taps + index) * lanes + lane];
-      grad_weight[channel / plan.channels * layout.group + index / plan.taps() * layout.channel_step +
-                  channel % plan.channels * layout.source_step + offsets[index % plan.taps()]] = static_cast<T>(sum);
-    }
+    T* to = grad_weight + channel / plan.channels * layout.group + channel % plan.channels * layout.source_step;
+    for (int64_t member = 0; member < plan.channels; ++member)
+      for (int64_t tap = 0; tap < plan.taps(); ++tap) {
+        A sum = 0;
+        for (int64_t share = 0; share < shares; ++share)
+          sum += sums[((share * vectors.count + vector) * taps + member * plan.taps() + tap) * lanes + lane];
+        to[member * layout.channel_step + offsets[tap]] = static_cast<T>(sum);
+      }
   }
 }
 
