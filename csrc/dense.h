@@ -27,7 +27,7 @@ inline bool is_dense(const Tensor& tensor) {
 // Uninitialised and dense, in the operand's order of dimensions: the layout of an elementwise result.
 inline Tensor new_like(const Tensor& tensor) {
   return tensor.is_contiguous() ? new_tensor(sizes_of(tensor), tensor.scalar_type(), tensor)
-                                : torch::stable::empty_like(tensor);
+                                : in_huge_pages(torch::stable::empty_like(tensor));
 }
 
 // The tensor itself where its memory is in the order of `dense`, of the same shape, else a copy that is.

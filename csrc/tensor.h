@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "huge_pages.h"
+
 namespace manual_ops {
 
 using torch::headeronly::BFloat16;
@@ -105,6 +107,13 @@ inline Tensor as_contiguous(const Tensor& tensor, bool channels_last = false) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// A tensor that was just made, uninitialised: on the CPU, in huge pages where it is large.
+inline Tensor in_huge_pages(Tensor made) {
+  const int64_t bytes = made.numel() * static_cast<int64_t>(made.element_size());
+  if (bytes >= kHugePage && made.is_cpu()) advise_huge_pages(made.mutable_data_ptr(), bytes);
+  return made;
+}
+
 // A new tensor on the device of `like`. Through the shim straight to the allocator: torch::stable::empty looks an
 // operator up by its name, which takes as long as a small kernel.
 inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const Tensor& like, bool channels_last = false) {
@@ -126,7 +135,7 @@ inline Tensor new_tensor(const Sizes& sizes, ScalarType dtype, const Tensor& lik
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(dims), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, index, &made));
-  return Tensor(made);
+  return in_huge_pages(Tensor(made));
 }
 
 inline Sizes sizes_of(const Tensor& tensor) { return Sizes(tensor.sizes().begin(), tensor.sizes().end()); }

@@ -155,7 +155,7 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
       group_values * static_cast<int64_t>(sizeof(A)) > kGradientInCache && blocking.column_blocks == 1;
   const int64_t batch = together ? std::clamp<int64_t>(kBatchBytes / block_bytes, 1, kMostTogether) : 1;
 
-  std::vector<A> sums(parts * values);
+  const Scratch<A> sums(parts * values);
   const int64_t work = blocking.count * blocking.rows * blocking.columns * panels.step / 16;
   parallel_for(parts * plan.groups * shares, work / parts / shares, [&](int64_t begin, int64_t end) {
     const Scratch<Part> inputs(direct ? 0 : batch * copied), grads(batch * gradients);
@@ -164,15 +164,17 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
     std::vector<Block> blocks;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t share = index % shares, group = index / shares % plan.groups, part = index / shares / plan.groups;
+      const Range own{panels.count * share / shares, panels.count * (share + 1) / shares};
+      A* part_sums = sums.data() + part * values + group * group_values;
+      std::fill_n(part_sums + own.begin * panels.step, own.size() * panels.step, A(0));
       const int64_t last = blocking.count * (part + 1) / parts;
       for (int64_t block = blocking.count * part / parts; block < last; block += batch) {
         blocks.clear();
         for (int64_t next = block; next < std::min(block + batch, last); ++next)
           blocks.push_back(block_at(plan, blocking, next, group));
         MANUAL_OPS_FOR_ISA(weight_grad_blocks<E>(
-            plan, blocking, blocks.data(), static_cast<int64_t>(blocks.size()), direct, input, grad_output,
-            panels.count * share / shares, panels.count * (share + 1) / shares,
-            sums.data() + part * values + group * group_values,
+            plan, blocking, blocks.data(), static_cast<int64_t>(blocks.size()), direct, input, grad_output, own.begin,
+            own.end, part_sums,
             {inputs.data(), grads.data(), input_pairs.data(), grad_pairs.data(), copied, gradients, runs.data()}));
       }
     }
