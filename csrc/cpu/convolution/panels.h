@@ -12,9 +12,31 @@ int64_t whole_lanes(int64_t columns) {
   return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// The rows of a panel's taps lie powers of two apart, on few cache sets: so many taps of one source channel go by way
-// of a small buffer, which makes packing a 512 x 512 x 3 x 3 weight several times faster.
-constexpr int kStagedTaps = 16;
+// Weights lie [channel][tap][source channel] or the other way round (channels_last), or each window whole: its taps are
+// neighbours, in any order. A panel's whole windows go by way of a small buffer [source channel][tap][column], of at
+// most so many rows.
+constexpr int64_t kStagedRows = 144;
+
+struct WholeWindows {
+  int64_t lowest = 0;    // of the taps' offsets
+  int64_t together = 1;  // source channels that are staged together: those whose windows are neighbours too
+
+  WholeWindows(const int64_t* tap_offset, int64_t taps, int64_t source_step) : lowest(tap_offset[0]) {
+    for (int64_t tap = 1; tap < taps; ++tap) lowest = tap_offset[tap] < lowest ? tap_offset[tap] : lowest;
+    if (source_step == taps && taps < kStagedRows) together = kStagedRows / taps;
+  }
+};
+
+// body(source, sources, tap, taps) for all source channels and taps in steps that the buffer holds; taps are counted in
+// the order of memory.
+template <class Body>
+void for_staged(const WholeWindows& windows, int64_t source_channels, int64_t taps, const Body& body) {
+  for (int64_t source = 0; source < source_channels; source += windows.together) {
+    const int64_t left = source_channels - source, sources = left < windows.together ? left : windows.together;
+    for (int64_t tap = 0; tap < taps; tap += kStagedRows)
+      body(source, sources, tap, taps - tap < kStagedRows ? taps - tap : kStagedRows);
+  }
+}
 
 // Panel `panel` of one group's weight as [tap][source channel][width], zeros behind the last channel.
 // weight[channel*channel_step + source*source_step + tap_offset[tap]]
@@ -24,25 +46,34 @@ void pack_panel(const T* weight, int64_t channel_step, int64_t source_step, cons
   using A = accumulate_t<T>;
   int64_t width;
   panel_width<A>(channels, width);
-  const int64_t first = panel * width, count = channels - first < width ? channels - first : width;
+  const int64_t count = columns_of_panel<A>(channels, panel);
+  weight += panel * width * channel_step;
   if (count < width) fill_zero(packed, taps * source_channels * width);
   if (source_step == 1) {
     for (int64_t tap = 0; tap < taps; ++tap)
-      transpose(weight + first * channel_step + tap_offset[tap], channel_step, packed + tap * source_channels * width,
-                width, count, source_channels);
+      transpose(weight + tap_offset[tap], channel_step, packed + tap * source_channels * width, width, count,
+                source_channels);
     return;
   }
-  A staged[kStagedTaps][2 * kLanes<A>];
-  for (int64_t source = 0; source < source_channels; ++source)
-    for (int64_t tap = 0; tap < taps; tap += kStagedTaps) {
-      const int64_t staged_taps = taps - tap < kStagedTaps ? taps - tap : kStagedTaps;
-      for (int64_t v = 0; v < count; ++v) {
-        const T* from = weight + (first + v) * channel_step + source * source_step;
-        for (int64_t t = 0; t < staged_taps; ++t) staged[t][v] = static_cast<A>(from[tap_offset[tap + t]]);
-      }
-      for (int64_t t = 0; t < staged_taps; ++t)
-        convert(staged[t], packed + ((tap + t) * source_channels + source) * width, count);
+  if (channel_step == 1) {
+    for (int64_t source = 0; source < source_channels; ++source)
+      for (int64_t tap = 0; tap < taps; ++tap)
+        convert(weight + source * source_step + tap_offset[tap], packed + (tap * source_channels + source) * width,
+                count);
+    return;
+  }
+  const WholeWindows windows(tap_offset, taps, source_step);
+  A staged[kStagedRows][2 * kLanes<A>];
+  for_staged(windows, source_channels, taps, [&](int64_t first, int64_t sources, int64_t first_tap, int64_t some) {
+    transpose(weight + first * source_step + windows.lowest + first_tap, channel_step, staged[0], 2 * kLanes<A>, count,
+              sources * some);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t row = tap_offset[tap] - windows.lowest - first_tap;
+      if (row < 0 || row >= some) continue;
+      for (int64_t source = 0; source < sources; ++source)
+        convert(staged[source * some + row], packed + (tap * source_channels + first + source) * width, count);
     }
+  });
 }
 
 // to[i] = (first[i], second[i]), of bfloat16 or of floats that hold them.
@@ -65,26 +96,28 @@ void unpack_panel(accumulate_t<T>* parts, int64_t part_step, int64_t part_count,
   using A = accumulate_t<T>;
   int64_t width;
   panel_width<A>(channels, width);
-  const int64_t first = panel * width, count = channels - first < width ? channels - first : width;
+  const int64_t count = columns_of_panel<A>(channels, panel);
+  weight += panel * width * channel_step;
   for (int64_t part = 1; part < part_count; ++part)
     for (int64_t i = 0; i < taps * source_channels * width; ++i) parts[i] += parts[part * part_step + i];
   if (source_step == 1) {
     for (int64_t tap = 0; tap < taps; ++tap)
-      transpose(parts + tap * source_channels * width, width, weight + first * channel_step + tap_offset[tap],
-                channel_step, source_channels, count);
+      transpose(parts + tap * source_channels * width, width, weight + tap_offset[tap], channel_step, source_channels,
+                count);
     return;
   }
-  A staged[kStagedTaps][2 * kLanes<A>];
-  for (int64_t source = 0; source < source_channels; ++source)
-    for (int64_t tap = 0; tap < taps; tap += kStagedTaps) {
-      const int64_t staged_taps = taps - tap < kStagedTaps ? taps - tap : kStagedTaps;
-      for (int64_t t = 0; t < staged_taps; ++t)
-        convert(parts + ((tap + t) * source_channels + source) * width, staged[t], count);
-      for (int64_t v = 0; v < count; ++v) {
-        T* to = weight + (first + v) * channel_step + source * source_step;
-        for (int64_t t = 0; t < staged_taps; ++t) to[tap_offset[tap + t]] = static_cast<T>(staged[t][v]);
-      }
+  const WholeWindows windows(tap_offset, taps, source_step);
+  A staged[kStagedRows][2 * kLanes<A>];
+  for_staged(windows, source_channels, taps, [&](int64_t first, int64_t sources, int64_t first_tap, int64_t some) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t row = tap_offset[tap] - windows.lowest - first_tap;
+      if (row < 0 || row >= some) continue;
+      for (int64_t source = 0; source < sources; ++source)
+        convert(parts + (tap * source_channels + first + source) * width, staged[source * some + row], count);
     }
+    transpose(staged[0], 2 * kLanes<A>, weight + first * source_step + windows.lowest + first_tap, channel_step,
+              sources * some, count);
+  });
 }
 
 // Panel `panel` of one group's weight, as the micro-kernel's b: [tap][source channel][width].
