@@ -52,13 +52,6 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
   using A = accumulate_t<T>;
   const Panels panels = Panels::of(plan, A{});
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const Scratch<E> packed(plan.groups * panels.count * panels.step);
-  parallel_for(plan.groups * panels.count, panels.step, [&](int64_t begin, int64_t end) {
-    const Scratch<A> staged(std::is_same_v<E, A> ? 0 : 2 * kPairsAtOnce * plan.taps() * panels.width);
-    for (int64_t index = begin; index < end; ++index)
-      MANUAL_OPS_FOR_ISA(pack_weight(plan, layout, offsets.data(), weight + index / panels.count * layout.group,
-                                     index % panels.count, staged.data(), packed.data() + index * panels.step));
-  });
   std::vector<A> padded_bias;
   const int64_t padded = panels.count * panels.width;
   if (bias != nullptr) {
@@ -66,21 +59,54 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
     for (int64_t channel = 0; channel < plan.groups * plan.channels; ++channel)
       padded_bias[channel / plan.channels * padded + channel % plan.channels] = static_cast<A>(bias[channel]);
   }
-
-  const int64_t work = blocking.rows * blocking.columns * plan.taps() * plan.source_channels * padded / 16;
   const bool past_caches =
       goes_past_caches(destination, plan.batch * plan.destination.image * sizeof(T), plan.channels * sizeof(T));
   const bool far_sources = plan.batch * plan.source.image * static_cast<int64_t>(sizeof(T)) >= kCachedBytes;
-  parallel_for(count, work, [&](int64_t begin, int64_t end) {
-    const Scratch<E> sources(direct ? 0 : copied_values(plan, blocking));
-    const Scratch<A> sums(blocking.rows * blocking.columns * padded);
+  const int64_t staged_values = std::is_same_v<E, A> ? 0 : 2 * kPairsAtOnce * plan.taps() * panels.width;
+  const int64_t source_values = copied_values(plan, blocking), pixels = blocking.rows * blocking.columns;
+
+  const auto pack = [&](int64_t group, int64_t panel, A* staged, E* to) {
+    MANUAL_OPS_FOR_ISA(pack_weight(plan, layout, offsets.data(), weight + group * layout.group, panel, staged, to));
+  };
+  const auto gather = [&](const Block& block, Range some, const E* packed, E* sources, A* sums, Run* runs) {
+    MANUAL_OPS_FOR_ISA(gather_block(plan, blocking, block, some, direct, source, packed,
+                                    bias == nullptr ? nullptr : padded_bias.data() + block.group * padded, destination,
+                                    past_caches, far_sources, sources, sums, runs));
+  };
+
+  if (plan.groups == 1 && panels.count > 1 && count * source_values <= panels.step) {
+    // The sources are less than one panel of the weight: each panel is packed where it is multiplied, and they are
+    // copied again for it. Threads that would have none share a panel's blocks.
+    const int64_t shares = std::min<int64_t>(count, ceil_div(torch::stable::get_num_threads(), panels.count));
+    const int64_t work = panels.step * (1 + count * pixels / shares / 16);
+    parallel_for(panels.count * shares, work, [&](int64_t begin, int64_t end) {
+      const Scratch<E> packed(panels.step), sources(direct ? 0 : source_values);
+      const Scratch<A> staged(staged_values), sums(pixels * panels.width);
+      const Scratch<Run> runs(plan.taps());
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t panel = index / shares, share = index % shares;
+        if (index == begin || share == 0) pack(0, panel, staged.data(), packed.data());
+        for (int64_t block = count * share / shares; block < count * (share + 1) / shares; ++block)
+          gather(block_of(block), {panel, panel + 1}, packed.data(), sources.data(), sums.data(), runs.data());
+      }
+    });
+    return;
+  }
+
+  const Scratch<E> packed(plan.groups * panels.count * panels.step);
+  parallel_for(plan.groups * panels.count, panels.step, [&](int64_t begin, int64_t end) {
+    const Scratch<A> staged(staged_values);
+    for (int64_t index = begin; index < end; ++index)
+      pack(index / panels.count, index % panels.count, staged.data(), packed.data() + index * panels.step);
+  });
+  parallel_for(count, pixels * panels.step * panels.count / 16, [&](int64_t begin, int64_t end) {
+    const Scratch<E> sources(direct ? 0 : source_values);
+    const Scratch<A> sums(pixels * padded);
     const Scratch<Run> runs(plan.taps());
     for (int64_t index = begin; index < end; ++index) {
       const Block block = block_of(index);
-      MANUAL_OPS_FOR_ISA(gather_block(plan, blocking, block, direct, source,
-                                      packed.data() + block.group * panels.count * panels.step,
-                                      bias == nullptr ? nullptr : padded_bias.data() + block.group * padded,
-                                      destination, past_caches, far_sources, sources.data(), sums.data(), runs.data()));
+      gather(block, {0, panels.count}, packed.data() + block.group * panels.count * panels.step, sources.data(),
+             sums.data(), runs.data());
     }
   });
 }

@@ -50,26 +50,27 @@ SourceView<E> view_source(const Gather& plan, const Block& block, const T* sourc
   return view;
 }
 
-// One block of the destination, all channels of a group. `weight` holds the group's panels, `bias` (or null) a value
-// for each of their columns; `sources`, `sums` and `runs` are scratch memory.
+// One block of the destination, the channels of some panels of a group. `weight` holds these panels, `bias` (or null) a
+// value for each column of all panels of the group; `sources`, `sums` and `runs` are scratch memory.
 template <class E, class T>
-void gather_block(const Gather& plan, const Blocking& blocking, const Block& block, bool direct_source, const T* source,
-                  const E* weight, const accumulate_t<T>* bias, T* destination, bool past_caches, bool far_sources,
-                  E* sources, accumulate_t<T>* sums, Run* runs) {
+void gather_block(const Gather& plan, const Blocking& blocking, const Block& block, Range panels, bool direct_source,
+                  const T* source, const E* weight, const accumulate_t<T>* bias, T* destination, bool past_caches,
+                  bool far_sources, E* sources, accumulate_t<T>* sums, Run* runs) {
   using A = accumulate_t<T>;
   const GatherAxis &depth = plan.axis[0], &height = plan.axis[1], &width = plan.axis[2];
   int64_t panel_size;
   panel_width<A>(plan.channels, panel_size);
-  const int64_t panels = (plan.channels + panel_size - 1) / panel_size;
   const int64_t panel_step = plan.taps() * plan.source_channels * panel_size;
-  const int64_t lanes = kLanes<A>;
-  const int64_t at_once = panels * panel_step * static_cast<int64_t>(sizeof(A)) <= kPackedInCache ? panels : 1;
-  destination += block.image * plan.destination.image + block.group * plan.channels * plan.destination.channel +
+  const int64_t lanes = kLanes<A>, first_of_panels = panels.begin * panel_size;
+  const int64_t at_once =
+      panels.size() * panel_step * static_cast<int64_t>(sizeof(A)) <= kPackedInCache ? panels.size() : 1;
+  destination += block.image * plan.destination.image +
+                 (block.group * plan.channels + first_of_panels) * plan.destination.channel +
                  block.depth * plan.destination.axis[0];
 
-  // Sums go to their place where it can hold them, else to [row][column][panels * panel_size].
+  // Sums go to their place where it can hold them, else to [row][column][columns of the panels].
   bool in_place = false;
-  int64_t sums_row = block.columns.size() * panels * panel_size, sums_pixel = panels * panel_size;
+  int64_t sums_pixel = panels.size() * panel_size, sums_row = block.columns.size() * sums_pixel;
   if constexpr (std::is_same_v<T, A>) {
     in_place = plan.destination.channel == 1 && blocking.source_channels >= plan.source_channels;
     if (in_place) {
@@ -84,7 +85,7 @@ void gather_block(const Gather& plan, const Blocking& blocking, const Block& blo
     const int64_t left = plan.source_channels - first_channel;
     const int64_t channels = left < blocking.source_channels ? left : blocking.source_channels;
     const SourceView<E> view = view_source<E>(plan, block, source, direct_source, first_channel, channels, sources);
-    for (int64_t panel = 0; panel < panels; panel += at_once)
+    for (int64_t panel = panels.begin; panel < panels.end; panel += at_once)
       for (int64_t row = block.rows.begin; row < block.rows.end; ++row) {
         for (int64_t phase = 0; phase < width.phases; ++phase) {
           const Range q = positions(width, block.columns, phase);
@@ -113,18 +114,19 @@ void gather_block(const Gather& plan, const Blocking& blocking, const Block& blo
                 {.a = view.data + q.begin * width.step * view.pixel,
                  .a_row = width.step * view.pixel,
                  .a_step = 1,
-                 .b = weight + p * panel_step,
+                 .b = weight + (p - panels.begin) * panel_step,
                  .b_step = panel_size,
                  .runs = runs,
                  .run_count = run - runs,
                  .run_length = merged ? taps * channels : channels,
-                 .c = sums + (row - block.rows.begin) * sums_row + column * sums_pixel + p * panel_size,
+                 .c =
+                     sums + (row - block.rows.begin) * sums_row + column * sums_pixel + (p - panels.begin) * panel_size,
                  .c_row = width.phases * sums_pixel,
                  .columns = in_place || columns == panel_size ? columns : (columns + lanes - 1) / lanes * lanes,
                  .bias = bias == nullptr || first_channel > 0 ? nullptr : bias + p * panel_size,
                  .accumulate = first_channel > 0,
                  .past_caches = in_place && past_caches,
-                 .fetch_next = far_sources && direct_source && p == 0 && plan.taps() == 1});
+                 .fetch_next = far_sources && direct_source && p == panels.begin && plan.taps() == 1});
           }
         }
       }
@@ -136,10 +138,11 @@ void gather_block(const Gather& plan, const Blocking& blocking, const Block& blo
   }
 
   const int64_t whole_rows = block.columns.size() == width.destination ? block.rows.size() : 1;
+  const int64_t left = plan.channels - first_of_panels, channels = left < sums_pixel ? left : sums_pixel;
   for (int64_t row = block.rows.begin; row < block.rows.end; row += whole_rows)
     copy_out(sums + (row - block.rows.begin) * sums_row, sums_pixel,
              destination + row * plan.destination.axis[1] + block.columns.begin * plan.destination.axis[2],
-             plan.destination, plan.channels, whole_rows * block.columns.size());
+             plan.destination, channels, whole_rows * block.columns.size());
 }
 
 // Pixels `step` apart in pairs, of one row: [pair][channel]. A pair behind the last pixel is filled up with zero.
