@@ -74,7 +74,8 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
                                     past_caches, far_sources, sources, sums, runs));
   };
 
-  if (plan.groups == 1 && panels.count > 1 && count * source_values <= panels.step) {
+  const int64_t copied = count * source_values * ceil_div(plan.source_channels, blocking.source_channels);
+  if (plan.groups == 1 && panels.count > 1 && copied <= panels.step) {
     // The sources are less than one panel of the weight: each panel is packed where it is multiplied, and they are
     // copied again for it. Threads that would have none share a panel's blocks.
     const int64_t shares = std::min<int64_t>(count, ceil_div(torch::stable::get_num_threads(), panels.count));
@@ -168,9 +169,14 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
   const int64_t affordable = std::max<int64_t>(1, kPartBytes / std::max<int64_t>(1, values * sizeof(A)));
   const int64_t pixels = blocking.count * blocking.rows * blocking.columns;
   const int64_t parts = std::max<int64_t>(1, std::min({blocking.count, kParts, affordable, pixels / kPartPixels}));
-  // Where the parts alone are too few for the threads, they share the panels too, each packing the input again.
+  // Where the parts alone are too few for the threads, they share the panels too, each packing the input again; where
+  // the input is less than one panel, so that the panel stays in the cache, each panel is a share.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t shares = std::min(panels.count, (threads + parts * plan.groups - 1) / (parts * plan.groups));
+  const int64_t all_copied =
+      blocking.count * copied_values(plan, blocking) * ceil_div(plan.source_channels, blocking.source_channels);
+  const int64_t shares = parts == 1 && all_copied <= panels.step
+                             ? panels.count
+                             : std::min(panels.count, ceil_div(threads, parts * plan.groups));
   // A gradient too large for the L2 cache is read and written again for each block: several go together. Only blocks of
   // one width do.
   constexpr bool kPairs = !std::is_same_v<E, A>;
@@ -181,18 +187,27 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
       group_values * static_cast<int64_t>(sizeof(A)) > kGradientInCache && blocking.column_blocks == 1;
   const int64_t batch = together ? std::clamp<int64_t>(kBatchBytes / block_bytes, 1, kMostTogether) : 1;
 
-  const Scratch<A> sums(parts * values);
+  const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
+  const auto unpack = [&](int64_t group, int64_t panel, A* from) {
+    MANUAL_OPS_FOR_ISA(unpack_panel(from, values, parts, layout.channel_step, layout.source_step, offsets.data(),
+                                    plan.taps(), plan.source_channels, plan.channels, panel,
+                                    grad_weight + group * layout.group));
+  };
+  const int64_t share_values = ceil_div(panels.count, shares) * panels.step;
+  const Scratch<A> sums_of_parts(parts > 1 ? parts * values : 0);
   const int64_t work = blocking.count * blocking.rows * blocking.columns * panels.step / 16;
   parallel_for(parts * plan.groups * shares, work / parts / shares, [&](int64_t begin, int64_t end) {
     const Scratch<Part> inputs(direct ? 0 : batch * copied), grads(batch * gradients);
     const Scratch<Bfloat16Pair> input_pairs(kPairs ? batch * copied : 0), grad_pairs(kPairs ? batch * gradients : 0);
+    const Scratch<A> sums_of_share(parts > 1 ? 0 : share_values);
     const Scratch<Run> runs(batch * blocking.rows);
     std::vector<Block> blocks;
     for (int64_t index = begin; index < end; ++index) {
       const int64_t share = index % shares, group = index / shares % plan.groups, part = index / shares / plan.groups;
       const Range own{panels.count * share / shares, panels.count * (share + 1) / shares};
-      A* part_sums = sums.data() + part * values + group * group_values;
-      std::fill_n(part_sums + own.begin * panels.step, own.size() * panels.step, A(0));
+      A* sums = parts > 1 ? sums_of_parts.data() + part * values + group * group_values + own.begin * panels.step
+                          : sums_of_share.data();
+      std::fill_n(sums, own.size() * panels.step, A(0));
       const int64_t last = blocking.count * (part + 1) / parts;
       for (int64_t block = blocking.count * part / parts; block < last; block += batch) {
         blocks.clear();
@@ -200,19 +215,18 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
           blocks.push_back(block_at(plan, blocking, next, group));
         MANUAL_OPS_FOR_ISA(weight_grad_blocks<E>(
             plan, blocking, blocks.data(), static_cast<int64_t>(blocks.size()), direct, input, grad_output, own.begin,
-            own.end, part_sums,
+            own.end, sums,
             {inputs.data(), grads.data(), input_pairs.data(), grad_pairs.data(), copied, gradients, runs.data()}));
       }
+      if (parts > 1) continue;
+      for (int64_t panel = own.begin; panel < own.end; ++panel)
+        unpack(group, panel, sums + (panel - own.begin) * panels.step);
     }
   });
-
-  const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
+  if (parts == 1) return;
   parallel_for(plan.groups * panels.count, parts * panels.step, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index)
-      MANUAL_OPS_FOR_ISA(unpack_panel(sums.data() + index * panels.step, values, parts, layout.channel_step,
-                                      layout.source_step, offsets.data(), plan.taps(), plan.source_channels,
-                                      plan.channels, index % panels.count,
-                                      grad_weight + index / panels.count * layout.group));
+      unpack(index / panels.count, index % panels.count, sums_of_parts.data() + index * panels.step);
   });
 }
 

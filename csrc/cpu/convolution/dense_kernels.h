@@ -259,8 +259,9 @@ Run* add_weight_grad_runs(const Gather& plan, const Block& block, const WeightGr
   return run;
 }
 
-// Adds the share of some blocks, of one width, of a group's weight gradient to panels first_panel .. last_panel of
-// `sums`, which are [panel][tap][input channel][panel_size]. The plan is forward's: its destination is grad_output.
+// Adds the share of some blocks, of one width, of panels first_panel .. last_panel of a group's weight gradient to
+// `sums`, which are these panels' [tap][input channel][panel_size]. The plan is forward's: its destination is
+// grad_output.
 template <class E, class T>
 void weight_grad_blocks(const Gather& plan, const Blocking& blocking, const Block* blocks, int64_t count,
                         bool input_in_place, const T* input, const T* grad_output, int64_t first_panel,
@@ -306,21 +307,21 @@ void weight_grad_blocks(const Gather& plan, const Blocking& blocking, const Bloc
                                        grads[k] - grads[0], grad_row, run);
           const int64_t tap = (d * height.taps + h) * width.taps + w;
           for (int64_t panel = first_panel; panel < last_panel; ++panel)
-            multiply_rows<E>(
-                merged ? width.taps * channels : channels,
-                {.a = inputs[0].data,
-                 .a_row = 1,
-                 .a_step = kPairs ? channels : width.step * views[0].pixel,
-                 .b = grads[0] + (panel - first_panel) * panel_size,
-                 .b_step = grad_read_there ? plan.destination.axis[2] : all_columns,
-                 .runs = scratch.runs,
-                 .run_count = run - scratch.runs,
-                 .run_length = steps_of<E>(blocks[0]),
-                 .c = sums + panel * panel_step + (tap * plan.source_channels + first_channel) * panel_size,
-                 .c_row = panel_size,
-                 .columns = whole_lanes<A>(columns_of_panel<A>(plan.channels, panel)),
-                 .bias = nullptr,
-                 .accumulate = true});
+            multiply_rows<E>(merged ? width.taps * channels : channels,
+                             {.a = inputs[0].data,
+                              .a_row = 1,
+                              .a_step = kPairs ? channels : width.step * views[0].pixel,
+                              .b = grads[0] + (panel - first_panel) * panel_size,
+                              .b_step = grad_read_there ? plan.destination.axis[2] : all_columns,
+                              .runs = scratch.runs,
+                              .run_count = run - scratch.runs,
+                              .run_length = steps_of<E>(blocks[0]),
+                              .c = sums + (panel - first_panel) * panel_step +
+                                   (tap * plan.source_channels + first_channel) * panel_size,
+                              .c_row = panel_size,
+                              .columns = whole_lanes<A>(columns_of_panel<A>(plan.channels, panel)),
+                              .bias = nullptr,
+                              .accumulate = true});
         }
     }
   }
