@@ -5,7 +5,8 @@
 // directly: so an infinity meets the outputs that a direct convolution gives it, and no others.
 //
 // Scratch memory: up to kWeightBytes for the weight at its points, and in each thread what a block of patches takes, no
-// more than that or than kLeastPatches patches.
+// more than that or than kLeastPatches patches. Of few patches, up to kWeightBytes for all of them at their points, and
+// in each thread what kChannelsAtOnce channels of a panel of the weight take, and the products of one panel.
 #include "cpu/convolution/winograd.h"
 
 #include <utility>
@@ -27,6 +28,9 @@ constexpr int64_t kLeastWinogradChannels = 16;
 constexpr int64_t kLeastWinogradPatches = 12, kLeastPatchPixels = 8;
 // A weight at its points is four times as large as in memory. So many bytes of it exist at a time.
 constexpr int64_t kWeightBytes = 16 << 20;
+// So many patches are few: then a large weight is not kept at its points, which would take longer to write and to read
+// again than to multiply. Each thread takes a panel there by some channels at a time, and multiplies with all patches.
+constexpr int64_t kFewPatches = 128;
 // What a block's patches take at their points: as much as the weight, which each block reads once, and at least this.
 constexpr int64_t kGatherBytes = 768 << 10, kWeightGradBytes = 2 << 20;
 constexpr int64_t kLeastPatches = 28, kMostPatches = 512;
@@ -95,6 +99,400 @@ struct PanelSizes {
   }
   int64_t bytes() const { return values * static_cast<int64_t>(sizeof(A)); }
   int64_t at_once() const { return std::clamp<int64_t>(kWeightBytes / bytes(), 1, count); }
+
+  // Whether there are few patches for such a weight, `values` of one patch being kept at their points.
+  bool of_few(const Gather& plan, int64_t values) const {
+    const int64_t patches = count_patches(plan);
+    return plan.axis[0].destination == 1 && patches <= kFewPatches && count * bytes() > kGatherBytes &&
+           patches * kPoints * values * static_cast<int64_t>(sizeof(A)) <= kWeightBytes;
+  }
+};
+
+// What kChannelsAtOnce channels of a panel take at their points, from one point to the next.
+template <class A>
+int64_t part_of_panel(const PanelSizes<A>& panels) {
+  return kChannelsAtOnce * panels.width + 64 / static_cast<int64_t>(sizeof(A));
+}
+
+// body(channels) for all source channels, kChannelsAtOnce at a time.
+template <class Body>
+void for_channels(const Gather& plan, const Body& body) {
+  for (int64_t first = 0; first < plan.source_channels; first += kChannelsAtOnce)
+    body(Range{first, std::min(first + kChannelsAtOnce, plan.source_channels)});
+}
+
+// A call of forward or input gradient.
+template <class T>
+class WinogradGather {
+ public:
+  using A = accumulate_t<T>;
+
+  WinogradGather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                 T* destination)
+      : plan_(plan),
+        layout_(layout),
+        source_(source),
+        weight_(weight),
+        bias_(bias),
+        destination_(destination),
+        offsets_(tap_offsets(plan, layout.window)),
+        panels_(plan),
+        few_(panels_.of_few(plan, plan.axis[0].taps * plan.source_channels)),
+        at_once_(few_ ? 1 : panels_.at_once()),
+        blocks_(plan, few_ ? kFewPatches : patches_of_block()),
+        block_count_(plan.axis[0].destination * blocks_.per_depth),
+        source_step_(blocks_.largest * plan.source_channels + kLine),
+        product_step_(blocks_.largest * at_once_ * panels_.width + kLine),
+        padded_bias_(panels_.count * panels_.width) {}
+
+  void run() {
+    std::vector<Block> redone;
+    for (int64_t group = 0; group < plan_.groups; ++group) {
+      redo_.assign(panels_.count * plan_.axis[0].destination * blocks_.patches.strips, 0);
+      if (bias_ != nullptr)
+        for (int64_t channel = 0; channel < plan_.channels; ++channel)
+          padded_bias_[channel] = static_cast<A>(bias_[group * plan_.channels + channel]);
+      if (few_) {
+        of_few_patches(group);
+      } else {
+        for (int64_t first = 0; first < panels_.count; first += at_once_)
+          of_panels(group, {first, std::min(first + at_once_, panels_.count)});
+      }
+      find_redone(group, redone);
+    }
+    if (!redone.empty()) dense_gather_blocks(plan_, layout_, source_, weight_, bias_, destination_, redone);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(A);
+
+  int64_t patches_of_block() const {
+    const int64_t channels = plan_.axis[0].taps * plan_.source_channels + at_once_ * panels_.width;
+    const int64_t most = patches_for(std::max(kGatherBytes, at_once_ * panels_.bytes()),
+                                     kPoints * channels * static_cast<int64_t>(sizeof(A)));
+    const int64_t shared = count_patches(plan_) / kBlocks;
+    return shared < kLeastPatches ? most : std::min(most, shared);
+  }
+  int64_t source_values() const { return plan_.axis[0].taps * kPoints * source_step_; }
+  int64_t product_values() const { return kPoints * product_step_; }
+  int64_t pixel_values() const {
+    return std::max(blocks_.pixels(2) * plan_.source_channels, blocks_.pixels(0) * at_once_ * panels_.width);
+  }
+  Range strips(int64_t block) const { return blocks_.strips(block % blocks_.per_depth); }
+  auto taps(int64_t block) const { return depth_taps(plan_.axis[0], block / blocks_.per_depth); }
+
+  // The patches of some strips of a block to their points.
+  void sources_to_points(int64_t group, int64_t block, Range some, A* sources, A* pixels) const {
+    const int64_t before = blocks_.patches.count({strips(block).begin, some.begin});
+    A* to = sources + before * plan_.source_channels;
+    for (const auto& [tap, plane] : taps(block)) {
+      MANUAL_OPS_FOR_ISA(winograd_sources(plan_, blocks_.patches, some, plane,
+                                          source_ + group * plan_.source_channels * plan_.source.channel,
+                                          AtPoints<A>{to, plan_.source_channels, source_step_}, pixels));
+      to += kPoints * source_step_;
+    }
+  }
+
+  // A block's outputs, of some panels, from their points.
+  void points_to_outputs(int64_t group, int64_t block, Range some, const A* products, A* pixels) {
+    const int64_t depth = block / blocks_.per_depth, channel = some.begin * panels_.width;
+    MANUAL_OPS_FOR_ISA(
+        winograd_outputs(plan_, blocks_.patches, strips(block), depth,
+                         AtPoints<const A>{products, some.size() * panels_.width, product_step_},
+                         std::min(plan_.channels, some.end * panels_.width) - channel, padded_bias_.data() + channel,
+                         destination_ + (group * plan_.channels + channel) * plan_.destination.channel, pixels,
+                         redo_.data() + (some.begin * plan_.axis[0].destination + depth) * blocks_.patches.strips));
+  }
+
+  // All patches at their points in memory, the weight only as long as it is multiplied.
+  void of_few_patches(int64_t group) {
+    constexpr int64_t kBlock = 0;
+    const Scratch<A> sources(source_values());
+    const int64_t patches = blocks_.largest, strip_count = strips(kBlock).size();
+    const int64_t strip_work = 16 * kPoints * patches / strip_count * plan_.source_channels;
+    parallel_for(strip_count, strip_work, [&](int64_t begin, int64_t end) {
+      const Scratch<A> pixels(pixel_values());
+      sources_to_points(group, kBlock, {begin, end}, sources.data(), pixels.data());
+    });
+    const auto met = taps(kBlock);
+    const int64_t step = part_of_panel(panels_);
+    parallel_for(panels_.count, patches * panels_.values, [&](int64_t begin, int64_t end) {
+      const Scratch<A> points(kPoints * step), window(kTaps * kChannelsAtOnce * panels_.width);
+      const Scratch<A> products(product_values()), pixels(pixel_values());
+      for (int64_t panel = begin; panel < end; ++panel) {
+        bool accumulate = false;
+        for (size_t index = 0; index < met.size(); ++index)
+          for_channels(plan_, [&](Range channels) {
+            MANUAL_OPS_FOR_ISA(winograd_weight(plan_, layout_, weight_ + group * layout_.group,
+                                               offsets_.data() + met[index].first * kTaps, panel, channels,
+                                               points.data(), step, window.data()));
+            const A* from = sources.data() + index * kPoints * source_step_;
+            const Run run{0, 0};
+            MANUAL_OPS_FOR_ISA(winograd_products(plan_, AtPoints<const A>{from, plan_.source_channels, source_step_},
+                                                 channels, patches, &run, 1, points.data(), step, {panel, panel + 1},
+                                                 AtPoints<A>{products.data(), panels_.width, product_step_},
+                                                 accumulate));
+            accumulate = true;
+          });
+        if (!accumulate) std::fill_n(products.data(), product_values(), A(0));
+        points_to_outputs(group, kBlock, {panel, panel + 1}, products.data(), pixels.data());
+      }
+    });
+  }
+
+  // A block's outputs of some of the panels whose weight is at its points.
+  void multiply(int64_t group, int64_t block, const A* points, int64_t first, Range some, const A* sources, A* products,
+                A* pixels) {
+    std::vector<Run> runs;
+    for (const auto& [tap, plane] : taps(block))
+      runs.push_back({static_cast<int64_t>(runs.size()) * kPoints * source_step_, tap * kPoints * panels_.step});
+    MANUAL_OPS_FOR_ISA(winograd_products(plan_, AtPoints<const A>{sources, plan_.source_channels, source_step_},
+                                         {0, plan_.source_channels}, blocks_.patches.count(strips(block)), runs.data(),
+                                         static_cast<int64_t>(runs.size()),
+                                         points + (some.begin - first) * panels_.values, panels_.step, some,
+                                         AtPoints<A>{products, some.size() * panels_.width, product_step_}, false));
+    points_to_outputs(group, block, some, products, pixels);
+  }
+
+  // The outputs of panels whose weight is taken to its points before.
+  void of_panels(int64_t group, Range some) {
+    const Scratch<A> points(some.size() * panels_.values);
+    const int64_t depth_tap_count = plan_.axis[0].taps;
+    parallel_for(some.size() * depth_tap_count, 4 * panels_.step * kTaps, [&](int64_t begin, int64_t end) {
+      const Scratch<A> window(kTaps * kChannelsAtOnce * panels_.width);
+      for (int64_t index = begin; index < end; ++index)
+        MANUAL_OPS_FOR_ISA(winograd_weight(
+            plan_, layout_, weight_ + group * layout_.group, offsets_.data() + index % depth_tap_count * kTaps,
+            some.begin + index / depth_tap_count, {0, plan_.source_channels},
+            points.data() + index * kPoints * panels_.step, panels_.step, window.data()));
+    });
+
+    const int64_t block_work = blocks_.largest * plan_.source_channels * depth_tap_count * some.size() * panels_.width;
+    // Where a few blocks are all, the panels are shared too.
+    const int64_t shares = block_count_ > kBlocks / 2 ? 1 : std::min(some.size(), ceil_div(kBlocks, block_count_));
+    if (shares == 1) {
+      parallel_for(block_count_, block_work, [&](int64_t begin, int64_t end) {
+        const Scratch<A> sources(source_values()), products(product_values()), pixels(pixel_values());
+        for (int64_t block = begin; block < end; ++block) {
+          sources_to_points(group, block, strips(block), sources.data(), pixels.data());
+          multiply(group, block, points.data(), some.begin, some, sources.data(), products.data(), pixels.data());
+        }
+      });
+      return;
+    }
+    const Scratch<A> sources(source_values());
+    for (int64_t block = 0; block < block_count_; ++block) {
+      const Range all = strips(block);
+      parallel_for(all.size(), block_work / some.size() / all.size(), [&](int64_t begin, int64_t end) {
+        const Scratch<A> pixels(pixel_values());
+        sources_to_points(group, block, {all.begin + begin, all.begin + end}, sources.data(), pixels.data());
+      });
+      parallel_for(shares, block_work / shares, [&](int64_t begin, int64_t end) {
+        const Scratch<A> products(product_values()), pixels(pixel_values());
+        multiply(group, block, points.data(), some.begin,
+                 {some.begin + some.size() * begin / shares, some.begin + some.size() * end / shares}, sources.data(),
+                 products.data(), pixels.data());
+      });
+    }
+  }
+
+  // The strips with an output that is not finite.
+  void find_redone(int64_t group, std::vector<Block>& redone) const {
+    const int64_t strip_count = plan_.axis[0].destination * blocks_.patches.strips;
+    for (int64_t strip = 0; strip < strip_count; ++strip) {
+      bool found = false;
+      for (int64_t panel = 0; panel < panels_.count; ++panel) found = found || redo_[panel * strip_count + strip];
+      if (!found) continue;
+      const int64_t depth = strip / blocks_.patches.strips, first = strip % blocks_.patches.strips;
+      const Patches::Stack stack = blocks_.patches.stack_at({first, first + 1});
+      redone.push_back(
+          {stack.image, group, depth,
+           clipped({stack.rows.begin * kPatch, stack.rows.end * kPatch}, plan_.axis[1].destination),
+           clipped({stack.columns.begin * kPatch, stack.columns.end * kPatch}, plan_.axis[2].destination)});
+    }
+  }
+
+  const Gather& plan_;
+  const WeightLayout& layout_;
+  const T *source_, *weight_, *bias_;
+  T* destination_;
+  const std::vector<int64_t> offsets_;
+  const PanelSizes<A> panels_;
+  const bool few_;
+  const int64_t at_once_;  // panels whose outputs are made together
+  const PatchBlocks blocks_;
+  const int64_t block_count_, source_step_, product_step_;
+  std::vector<A> padded_bias_;  // of a group
+  std::vector<uint8_t> redo_;   // [panel][depth][strip] of a group
+};
+
+// A call of the weight gradient; the plan is forward's.
+template <class T>
+class WinogradWeightGrad {
+ public:
+  using A = accumulate_t<T>;
+
+  WinogradWeightGrad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
+                     T* grad_weight)
+      : plan_(plan),
+        layout_(layout),
+        input_(input),
+        grad_output_(grad_output),
+        grad_weight_(grad_weight),
+        offsets_(tap_offsets(plan, layout.window)),
+        panels_(plan),
+        few_(panels_.of_few(plan, plan.axis[0].taps * plan.source_channels + panels_.count * panels_.width)),
+        at_once_(few_ ? panels_.count : panels_.at_once()),
+        pitch_(at_once_ * panels_.width),
+        blocks_(plan, few_ ? kFewPatches : patches_of_block()),
+        source_step_(blocks_.largest * plan.source_channels + kLine),
+        grad_step_(blocks_.largest * pitch_ + kLine) {}
+
+  // Whether all values are finite.
+  bool run() const {
+    bool finite = true;
+    for (int64_t group = 0; group < plan_.groups && finite; ++group) {
+      if (few_) {
+        finite = of_few_patches(group);
+        continue;
+      }
+      for (int64_t first = 0; first < panels_.count && finite; first += at_once_)
+        finite = of_panels(group, {first, std::min(first + at_once_, panels_.count)});
+    }
+    return finite;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(A);
+
+  int64_t patches_of_block() const {
+    const int64_t channels = plan_.axis[0].taps * plan_.source_channels + pitch_;
+    return patches_for(std::max(kWeightGradBytes, at_once_ * panels_.bytes()),
+                       kPoints * channels * static_cast<int64_t>(sizeof(A)));
+  }
+  int64_t source_values() const { return plan_.axis[0].taps * kPoints * source_step_; }
+  int64_t grad_values() const { return kPoints * grad_step_; }
+  Range strips(int64_t block) const { return blocks_.strips(block % blocks_.per_depth); }
+
+  // A block's sources, and its gradients of some panels, to their points.
+  void to_points(int64_t group, int64_t block, Range some, A* sources, A* grads) const {
+    const int64_t depth = block / blocks_.per_depth, channel = some.begin * panels_.width;
+    const Range all = strips(block);
+    const int64_t channels = std::min(plan_.channels, some.end * panels_.width) - channel;
+    const T* input = input_ + group * plan_.source_channels * plan_.source.channel;
+    const T* grad = grad_output_ + (group * plan_.channels + channel) * plan_.destination.channel;
+    const auto taps = depth_taps(plan_.axis[0], depth);
+    const int64_t strip_work =
+        16 * kPoints * blocks_.patches.count(all) / all.size() * (plan_.source_channels + channels);
+    parallel_for(all.size(), strip_work, [&](int64_t begin, int64_t end) {
+      const Scratch<A> pixels(std::max(blocks_.pixels(2) * plan_.source_channels, blocks_.pixels(0) * pitch_));
+      const Range own{all.begin + begin, all.begin + end};
+      const int64_t before = blocks_.patches.count({all.begin, own.begin});
+      A* to = sources + before * plan_.source_channels;
+      for (const auto& [tap, plane] : taps) {
+        MANUAL_OPS_FOR_ISA(winograd_sources(plan_, blocks_.patches, own, plane, input,
+                                            AtPoints<A>{to, plan_.source_channels, source_step_}, pixels.data()));
+        to += kPoints * source_step_;
+      }
+      MANUAL_OPS_FOR_ISA(winograd_grads(plan_, blocks_.patches, own, depth, grad, channels,
+                                        AtPoints<A>{grads + before * pitch_, pitch_, grad_step_}, pixels.data()));
+    });
+  }
+
+  // The weight gradient of one tap along the depth, of a panel and some channels, from the sum of parts.
+  bool from_points(int64_t group, int64_t tap, int64_t panel, Range channels, const A* sums, int64_t step,
+                   int64_t parts, int64_t part_step, A* window) const {
+    bool finite = true;
+    MANUAL_OPS_FOR_ISA(winograd_weight_grad(plan_, layout_, sums, step, parts, part_step, offsets_.data() + tap * kTaps,
+                                            panel, channels, grad_weight_ + group * layout_.group, window, finite));
+    return finite;
+  }
+
+  // All patches at their points in memory, the sums only as long as they are made.
+  bool of_few_patches(int64_t group) const {
+    constexpr int64_t kBlock = 0;
+    const Scratch<A> sources(source_values()), grads(grad_values());
+    to_points(group, kBlock, {0, panels_.count}, sources.data(), grads.data());
+    const auto met = depth_taps(plan_.axis[0], kBlock);
+    const int64_t taps = plan_.axis[0].taps, patches = blocks_.largest, step = part_of_panel(panels_);
+    std::vector<uint8_t> finite(panels_.count * taps, 1);
+    parallel_for(panels_.count * taps, patches * panels_.step * kPoints, [&](int64_t begin, int64_t end) {
+      const Scratch<A> sums(kPoints * step), window(kTaps * kChannelsAtOnce * panels_.width);
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t panel = index / taps, tap = index % taps;
+        // A tap that meets no source has no patches to sum.
+        const auto place = std::find_if(met.begin(), met.end(), [&](const auto& one) { return one.first == tap; });
+        const int64_t count = place == met.end() ? 0 : patches, which = count == 0 ? 0 : place - met.begin();
+        const A* from = sources.data() + which * kPoints * source_step_;
+        for_channels(plan_, [&](Range channels) {
+          for (int64_t point = 0; point < kPoints; ++point)
+            MANUAL_OPS_FOR_ISA(winograd_weight_sums(plan_, AtPoints<const A>{from, plan_.source_channels, source_step_},
+                                                    channels, AtPoints<const A>{grads.data(), pitch_, grad_step_},
+                                                    panel * panels_.width, count, point, panel,
+                                                    sums.data() + point * step, false));
+          if (!from_points(group, tap, panel, channels, sums.data(), step, 1, 0, window.data())) finite[index] = 0;
+        });
+      }
+    });
+    return std::find(finite.begin(), finite.end(), 0) == finite.end();
+  }
+
+  // Some panels, summed block by block in parts of their own.
+  bool of_panels(int64_t group, Range some) const {
+    const int64_t depth_tap_count = plan_.axis[0].taps, count = some.size();
+    const int64_t block_count = plan_.axis[0].destination * blocks_.per_depth;
+    const int64_t affordable = kWeightBytes / (at_once_ * panels_.bytes());
+    const int64_t parts = std::max<int64_t>(1, std::min({kParts, block_count / kPartBlocks, affordable}));
+    const int64_t part_step = at_once_ * panels_.values;
+    const Scratch<A> sums(parts * part_step);
+    // Both loops over what a block has run on several threads where there is only one part.
+    const auto add_block = [&](int64_t block, A* sources, A* grads, A* part) {
+      to_points(group, block, some, sources, grads);
+      const int64_t patches = blocks_.patches.count(strips(block));
+      const auto taps = depth_taps(plan_.axis[0], block / blocks_.per_depth);
+      const int64_t tap_count = static_cast<int64_t>(taps.size());
+      parallel_for(tap_count * count * kPoints, patches * panels_.step / 16, [&](int64_t begin, int64_t end) {
+        for (int64_t index = begin; index < end; ++index) {
+          const int64_t panel = index % count, point = index / count % kPoints, which = index / count / kPoints;
+          const A* from = sources + which * kPoints * source_step_;
+          MANUAL_OPS_FOR_ISA(winograd_weight_sums(
+              plan_, AtPoints<const A>{from, plan_.source_channels, source_step_}, {0, plan_.source_channels},
+              AtPoints<const A>{grads, pitch_, grad_step_}, panel * panels_.width, patches, point, some.begin + panel,
+              part + panel * panels_.values + (taps[which].first * kPoints + point) * panels_.step, true));
+        }
+      });
+    };
+    const int64_t part_work = block_count / parts * blocks_.largest * panels_.step * count;
+    parallel_for(parts, part_work, [&](int64_t begin, int64_t end) {
+      const Scratch<A> sources(source_values()), grads(grad_values());
+      std::fill_n(sums.data() + begin * part_step, (end - begin) * part_step, A(0));
+      for (int64_t part = begin; part < end; ++part)
+        for (int64_t block = block_count * part / parts; block < block_count * (part + 1) / parts; ++block)
+          add_block(block, sources.data(), grads.data(), sums.data() + part * part_step);
+    });
+
+    std::vector<uint8_t> finite(count * depth_tap_count, 1);
+    parallel_for(count * depth_tap_count, 4 * panels_.step * kTaps, [&](int64_t begin, int64_t end) {
+      const Scratch<A> window(kTaps * kChannelsAtOnce * panels_.width);
+      for (int64_t index = begin; index < end; ++index)
+        finite[index] = from_points(group, index % depth_tap_count, some.begin + index / depth_tap_count,
+                                    {0, plan_.source_channels}, sums.data() + index * kPoints * panels_.step,
+                                    panels_.step, parts, part_step, window.data());
+    });
+    return std::find(finite.begin(), finite.end(), 0) == finite.end();
+  }
+
+  const Gather& plan_;
+  const WeightLayout& layout_;
+  const T *input_, *grad_output_;
+  T* grad_weight_;
+  const std::vector<int64_t> offsets_;
+  const PanelSizes<A> panels_;
+  const bool few_;
+  const int64_t at_once_;  // panels whose gradients are at their points together
+  const int64_t pitch_;    // columns of these
+  const PatchBlocks blocks_;
+  const int64_t source_step_, grad_step_;
 };
 
 }  // namespace
@@ -117,191 +515,14 @@ bool winograd_serves(const Gather& plan) {
 template <class T>
 void winograd_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                      T* destination) {
-  using A = accumulate_t<T>;
-  constexpr int64_t kLine = 64 / sizeof(A);
-  const PanelSizes<A> panels(plan);
-  const int64_t at_once = panels.at_once(), depth_tap_count = plan.axis[0].taps;
-  const int64_t channels = depth_tap_count * plan.source_channels + at_once * panels.width;
-  const int64_t most = patches_for(std::max(kGatherBytes, at_once * panels.bytes()),
-                                   kPoints * channels * static_cast<int64_t>(sizeof(A)));
-  const int64_t shared = count_patches(plan) / kBlocks;
-  const PatchBlocks blocks(plan, shared < kLeastPatches ? most : std::min(most, shared));
-  const int64_t block_count = plan.axis[0].destination * blocks.per_depth;
-  // Where a few blocks are all, the panels are shared too.
-  const int64_t shares = block_count > kBlocks / 2 ? 1 : std::min(at_once, ceil_div(kBlocks, block_count));
-  const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const int64_t source_step = blocks.largest * plan.source_channels + kLine;
-  const int64_t product_step = blocks.largest * at_once * panels.width + kLine;
-  const int64_t source_values = depth_tap_count * kPoints * source_step, product_values = kPoints * product_step;
-  const int64_t pixel_values =
-      std::max(blocks.pixels(2) * plan.source_channels, blocks.pixels(0) * at_once * panels.width);
-  const Scratch<A> points(at_once * panels.values);
-  std::vector<A> padded_bias(panels.count * panels.width);
-  std::vector<Block> redone;
-
-  for (int64_t group = 0; group < plan.groups; ++group) {
-    std::vector<uint8_t> redo(panels.count * plan.axis[0].destination * blocks.patches.strips);
-    if (bias != nullptr)
-      for (int64_t channel = 0; channel < plan.channels; ++channel)
-        padded_bias[channel] = static_cast<A>(bias[group * plan.channels + channel]);
-    for (int64_t first = 0; first < panels.count; first += at_once) {
-      const int64_t count = std::min(at_once, panels.count - first);
-      parallel_for(count * depth_tap_count, 4 * panels.step * kTaps, [&](int64_t begin, int64_t end) {
-        const Scratch<A> taps(kTaps * kChannelsAtOnce * panels.width);
-        for (int64_t index = begin; index < end; ++index)
-          MANUAL_OPS_FOR_ISA(winograd_weight(plan, layout, weight + group * layout.group,
-                                             offsets.data() + index % depth_tap_count * kTaps,
-                                             first + index / depth_tap_count,
-                                             points.data() + index * kPoints * panels.step, panels.step, taps.data()));
-      });
-
-      // The patches of some strips of a block to their points.
-      const auto transform = [&](int64_t block, Range strips, A* sources, A* pixels) {
-        const auto taps = depth_taps(plan.axis[0], block / blocks.per_depth);
-        const int64_t before = blocks.patches.count({blocks.strips(block % blocks.per_depth).begin, strips.begin});
-        for (size_t index = 0; index < taps.size(); ++index) {
-          A* to = sources + index * kPoints * source_step + before * plan.source_channels;
-          MANUAL_OPS_FOR_ISA(winograd_sources(plan, blocks.patches, strips, taps[index].second,
-                                              source + group * plan.source_channels * plan.source.channel,
-                                              AtPoints<A>{to, plan.source_channels, source_step}, pixels));
-        }
-      };
-      // A block's outputs of the panels from begin up to end.
-      const auto multiply = [&](int64_t block, int64_t begin, int64_t end, const A* sources, A* products, A* pixels) {
-        const int64_t depth = block / blocks.per_depth, pitch = (end - begin) * panels.width;
-        const Range strips = blocks.strips(block % blocks.per_depth);
-        std::vector<Run> runs;
-        for (const auto& [tap, plane] : depth_taps(plan.axis[0], depth))
-          runs.push_back({static_cast<int64_t>(runs.size()) * kPoints * source_step, tap * kPoints * panels.step});
-        MANUAL_OPS_FOR_ISA(winograd_products(
-            plan, AtPoints<const A>{sources, plan.source_channels, source_step}, blocks.patches.count(strips),
-            runs.data(), static_cast<int64_t>(runs.size()), points.data() + (begin - first) * panels.values,
-            panels.step, begin, end, AtPoints<A>{products, pitch, product_step}));
-        const int64_t channel = begin * panels.width;
-        MANUAL_OPS_FOR_ISA(
-            winograd_outputs(plan, blocks.patches, strips, depth, AtPoints<const A>{products, pitch, product_step},
-                             std::min(plan.channels, end * panels.width) - channel, padded_bias.data() + channel,
-                             destination + (group * plan.channels + channel) * plan.destination.channel, pixels,
-                             redo.data() + (begin * plan.axis[0].destination + depth) * blocks.patches.strips));
-      };
-      const int64_t block_work = blocks.largest * plan.source_channels * depth_tap_count * count * panels.width;
-      if (shares == 1) {
-        parallel_for(block_count, block_work, [&](int64_t begin, int64_t end) {
-          const Scratch<A> sources(source_values), products(product_values), pixels(pixel_values);
-          for (int64_t block = begin; block < end; ++block) {
-            transform(block, blocks.strips(block % blocks.per_depth), sources.data(), pixels.data());
-            multiply(block, first, first + count, sources.data(), products.data(), pixels.data());
-          }
-        });
-        continue;
-      }
-      const Scratch<A> sources(source_values);
-      for (int64_t block = 0; block < block_count; ++block) {
-        const Range strips = blocks.strips(block % blocks.per_depth);
-        parallel_for(strips.size(), block_work / count / strips.size(), [&](int64_t begin, int64_t end) {
-          const Scratch<A> pixels(pixel_values);
-          transform(block, {strips.begin + begin, strips.begin + end}, sources.data(), pixels.data());
-        });
-        parallel_for(shares, block_work / shares, [&](int64_t begin, int64_t end) {
-          const Scratch<A> products(product_values), pixels(pixel_values);
-          multiply(block, first + count * begin / shares, first + count * end / shares, sources.data(), products.data(),
-                   pixels.data());
-        });
-      }
-    }
-    const int64_t strips = plan.axis[0].destination * blocks.patches.strips;
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      bool found = false;
-      for (int64_t panel = 0; panel < panels.count; ++panel) found = found || redo[panel * strips + strip];
-      if (!found) continue;
-      const int64_t depth = strip / blocks.patches.strips, first = strip % blocks.patches.strips;
-      const Patches::Stack stack = blocks.patches.stack_at({first, first + 1});
-      redone.push_back({stack.image, group, depth,
-                        clipped({stack.rows.begin * kPatch, stack.rows.end * kPatch}, plan.axis[1].destination),
-                        clipped({stack.columns.begin * kPatch, stack.columns.end * kPatch}, plan.axis[2].destination)});
-    }
-  }
-  if (!redone.empty()) dense_gather_blocks(plan, layout, source, weight, bias, destination, redone);
+  WinogradGather<T>(plan, layout, source, weight, bias, destination).run();
 }
 
 template <class T>
 void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
                           T* grad_weight) {
-  using A = accumulate_t<T>;
-  constexpr int64_t kLine = 64 / sizeof(A);
-  const PanelSizes<A> panels(plan);
-  const int64_t at_once = panels.at_once(), depth_tap_count = plan.axis[0].taps, pitch = at_once * panels.width;
-  const int64_t channels_of_patch = depth_tap_count * plan.source_channels + pitch;
-  const PatchBlocks blocks(plan, patches_for(std::max(kWeightGradBytes, at_once * panels.bytes()),
-                                             kPoints * channels_of_patch * static_cast<int64_t>(sizeof(A))));
-  const int64_t source_step = blocks.largest * plan.source_channels + kLine, grad_step = blocks.largest * pitch + kLine;
-  const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  const int64_t block_count = plan.axis[0].destination * blocks.per_depth;
-  const int64_t affordable = kWeightBytes / (at_once * panels.bytes());
-  const int64_t parts = std::max<int64_t>(1, std::min({kParts, block_count / kPartBlocks, affordable}));
-  const int64_t part_step = at_once * panels.values;
-  const Scratch<A> sums(parts * part_step);
-
-  for (int64_t group = 0; group < plan.groups; ++group)
-    for (int64_t first = 0; first < panels.count; first += at_once) {
-      const int64_t count = std::min(at_once, panels.count - first), channel = first * panels.width;
-      const int64_t channels = std::min(plan.channels, (first + count) * panels.width) - channel;
-      const T* group_input = input + group * plan.source_channels * plan.source.channel;
-      const T* group_grad = grad_output + (group * plan.channels + channel) * plan.destination.channel;
-      // Both loops over what a block has run on several threads where there is only one part.
-      const auto add_block = [&](int64_t block, A* sources, A* grads, A* part) {
-        const int64_t depth = block / blocks.per_depth;
-        const Range strips = blocks.strips(block % blocks.per_depth);
-        const auto taps = depth_taps(plan.axis[0], depth);
-        const int64_t patches = blocks.patches.count(strips), tap_count = static_cast<int64_t>(taps.size());
-        const int64_t strip_work = 16 * kPoints * patches / strips.size() * (plan.source_channels + channels);
-        parallel_for(strips.size(), strip_work, [&](int64_t begin, int64_t end) {
-          const Scratch<A> pixels(std::max(blocks.pixels(2) * plan.source_channels, blocks.pixels(0) * pitch));
-          const Range some{strips.begin + begin, strips.begin + end};
-          const int64_t before = blocks.patches.count({strips.begin, some.begin});
-          for (int64_t index = 0; index < tap_count; ++index) {
-            A* to = sources + index * kPoints * source_step + before * plan.source_channels;
-            MANUAL_OPS_FOR_ISA(winograd_sources(plan, blocks.patches, some, taps[index].second, group_input,
-                                                AtPoints<A>{to, plan.source_channels, source_step}, pixels.data()));
-          }
-          MANUAL_OPS_FOR_ISA(winograd_grads(plan, blocks.patches, some, depth, group_grad, channels,
-                                            AtPoints<A>{grads + before * pitch, pitch, grad_step}, pixels.data()));
-        });
-        const int64_t product_work = patches * panels.step / 16;
-        parallel_for(tap_count * count * kPoints, product_work, [&](int64_t begin, int64_t end) {
-          for (int64_t index = begin; index < end; ++index) {
-            const int64_t panel = index % count, point = index / count % kPoints, which = index / count / kPoints;
-            MANUAL_OPS_FOR_ISA(winograd_weight_sums(
-                plan, AtPoints<A>{sources + which * kPoints * source_step, plan.source_channels, source_step},
-                AtPoints<A>{grads, pitch, grad_step}, patches, point, first + panel, first,
-                part + panel * panels.values + (taps[which].first * kPoints + point) * panels.step));
-          }
-        });
-      };
-      const int64_t part_work = block_count / parts * blocks.largest * panels.step * count;
-      parallel_for(parts, part_work, [&](int64_t begin, int64_t end) {
-        const Scratch<A> sources(depth_tap_count * kPoints * source_step), grads(kPoints * grad_step);
-        std::fill_n(sums.data() + begin * part_step, (end - begin) * part_step, A(0));
-        for (int64_t part = begin; part < end; ++part)
-          for (int64_t block = block_count * part / parts; block < block_count * (part + 1) / parts; ++block)
-            add_block(block, sources.data(), grads.data(), sums.data() + part * part_step);
-      });
-
-      std::vector<uint8_t> finite(count * depth_tap_count, 1);
-      parallel_for(count * depth_tap_count, 4 * panels.step * kTaps, [&](int64_t begin, int64_t end) {
-        const Scratch<A> taps(kTaps * kChannelsAtOnce * panels.width);
-        for (int64_t index = begin; index < end; ++index) {
-          bool all = true;
-          MANUAL_OPS_FOR_ISA(winograd_weight_grad(
-              plan, layout, sums.data() + index * kPoints * panels.step, panels.step, parts, part_step,
-              offsets.data() + index % depth_tap_count * kTaps, first + index / depth_tap_count,
-              grad_weight + group * layout.group, taps.data(), all));
-          finite[index] = all;
-        }
-      });
-      if (std::find(finite.begin(), finite.end(), 0) != finite.end())
-        return dense_weight_grad(plan, layout, input, grad_output, grad_weight);
-    }
+  if (!WinogradWeightGrad<T>(plan, layout, input, grad_output, grad_weight).run())
+    dense_weight_grad(plan, layout, input, grad_output, grad_weight);
 }
 
 #define INSTANTIATE(T)                                                                                    \

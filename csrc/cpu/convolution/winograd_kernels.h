@@ -305,80 +305,84 @@ void winograd_outputs(const Gather& plan, const Patches& patches, Range strips, 
   }
 }
 
-// products = sources * weight at every point, for the panels from first_panel up to last_panel. `weight` is
-// [panel][tap of the depth][point][channel][column], products have the columns of these panels.
+// products = sources * weight at every point, of some channels of the source and of the panels from first_panel up to
+// last_panel. `weight` is [panel][tap of the depth][point][channel][column], of these channels; the products have the
+// columns of these panels.
 template <class A>
-void winograd_products(const Gather& plan, const AtPoints<const A>& sources, int64_t patches, const Run* runs,
-                       int64_t run_count, const A* weight, int64_t weight_step, int64_t first_panel, int64_t last_panel,
-                       const AtPoints<A>& products) {
+void winograd_products(const Gather& plan, const AtPoints<const A>& sources, Range channels, int64_t patches,
+                       const Run* runs, int64_t run_count, const A* weight, int64_t weight_step, Range panels,
+                       const AtPoints<A>& products, bool accumulate) {
   int64_t width;
   panel_width<A>(plan.channels, width);
   for (int64_t point = 0; point < kPoints; ++point)
-    for (int64_t panel = first_panel; panel < last_panel; ++panel)
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
       multiply_rows<A>(patches,
-                       {.a = sources.at + point * sources.step,
+                       {.a = sources.at + point * sources.step + channels.begin,
                         .a_row = sources.pitch,
                         .a_step = 1,
-                        .b = weight + ((panel - first_panel) * plan.axis[0].taps * kPoints + point) * weight_step,
+                        .b = weight + ((panel - panels.begin) * plan.axis[0].taps * kPoints + point) * weight_step,
                         .b_step = width,
                         .runs = runs,
                         .run_count = run_count,
-                        .run_length = plan.source_channels,
-                        .c = products.at + point * products.step + (panel - first_panel) * width,
+                        .run_length = channels.size(),
+                        .c = products.at + point * products.step + (panel - panels.begin) * width,
                         .c_row = products.pitch,
                         .columns = whole_lanes<A>(columns_of_panel<A>(plan.channels, panel)),
                         .bias = nullptr,
-                        .accumulate = false});
+                        .accumulate = accumulate});
 }
 
-// sums += transposed sources * grads at one point, for one panel: sums are [channel][column].
+// sums = transposed sources * grads at one point, or sums += that: of some channels of the source and one panel, the
+// column `first_column` of the gradients and those after it. Sums are [channel][column].
 template <class A>
-void winograd_weight_sums(const Gather& plan, const AtPoints<A>& sources, const AtPoints<A>& grads, int64_t patches,
-                          int64_t point, int64_t panel, int64_t first_panel, A* sums) {
+void winograd_weight_sums(const Gather& plan, const AtPoints<const A>& sources, Range channels,
+                          const AtPoints<const A>& grads, int64_t first_column, int64_t patches, int64_t point,
+                          int64_t panel, A* sums, bool accumulate) {
   int64_t width;
   panel_width<A>(plan.channels, width);
   const Run run{0, 0};
-  multiply_rows<A>(plan.source_channels, {.a = sources.at + point * sources.step,
-                                          .a_row = 1,
-                                          .a_step = sources.pitch,
-                                          .b = grads.at + point * grads.step + (panel - first_panel) * width,
-                                          .b_step = grads.pitch,
-                                          .runs = &run,
-                                          .run_count = 1,
-                                          .run_length = patches,
-                                          .c = sums,
-                                          .c_row = width,
-                                          .columns = whole_lanes<A>(columns_of_panel<A>(plan.channels, panel)),
-                                          .bias = nullptr,
-                                          .accumulate = true});
+  multiply_rows<A>(channels.size(), {.a = sources.at + point * sources.step + channels.begin,
+                                     .a_row = 1,
+                                     .a_step = sources.pitch,
+                                     .b = grads.at + point * grads.step + first_column,
+                                     .b_step = grads.pitch,
+                                     .runs = &run,
+                                     .run_count = 1,
+                                     .run_length = patches,
+                                     .c = sums,
+                                     .c_row = width,
+                                     .columns = whole_lanes<A>(columns_of_panel<A>(plan.channels, panel)),
+                                     .bias = nullptr,
+                                     .accumulate = accumulate});
 }
 
-// A panel of one group's weight, for one tap along the depth, to its points. `taps` is scratch memory.
+// A panel of one group's weight, for some channels of the source and one tap along the depth, to its points. `taps` is
+// scratch memory.
 template <class T>
 void winograd_weight(const Gather& plan, const WeightLayout& layout, const T* weight, const int64_t* tap_offset,
-                     int64_t panel, accumulate_t<T>* to, int64_t step, accumulate_t<T>* taps) {
+                     int64_t panel, Range channels, accumulate_t<T>* to, int64_t step, accumulate_t<T>* taps) {
   using A = accumulate_t<T>;
   int64_t width;
   panel_width<A>(plan.channels, width);
-  for (int64_t first = 0; first < plan.source_channels; first += kChannelsAtOnce) {
-    const int64_t left = plan.source_channels - first, count = left < kChannelsAtOnce ? left : kChannelsAtOnce;
+  for (int64_t first = channels.begin; first < channels.end; first += kChannelsAtOnce) {
+    const int64_t left = channels.end - first, count = left < kChannelsAtOnce ? left : kChannelsAtOnce;
     pack_panel(weight + first * layout.source_step, layout.channel_step, layout.source_step, tap_offset, kTaps, count,
                plan.channels, panel, taps);
-    taps_to_points(taps, count * width, to + first * width, step);
+    taps_to_points(taps, count * width, to + (first - channels.begin) * width, step);
   }
 }
 
 // The way back, of the sum of some parts. `finite` becomes false where a value is not.
 template <class T>
 void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const accumulate_t<T>* sums, int64_t step,
-                          int64_t parts, int64_t part_step, const int64_t* tap_offset, int64_t panel, T* grad_weight,
-                          accumulate_t<T>* taps, bool& finite) {
+                          int64_t parts, int64_t part_step, const int64_t* tap_offset, int64_t panel, Range channels,
+                          T* grad_weight, accumulate_t<T>* taps, bool& finite) {
   using A = accumulate_t<T>;
   int64_t width;
   panel_width<A>(plan.channels, width);
-  for (int64_t first = 0; first < plan.source_channels; first += kChannelsAtOnce) {
-    const int64_t left = plan.source_channels - first, count = left < kChannelsAtOnce ? left : kChannelsAtOnce;
-    points_to_taps(sums + first * width, step, parts, part_step, count * width, taps, finite);
+  for (int64_t first = channels.begin; first < channels.end; first += kChannelsAtOnce) {
+    const int64_t left = channels.end - first, count = left < kChannelsAtOnce ? left : kChannelsAtOnce;
+    points_to_taps(sums + (first - channels.begin) * width, step, parts, part_step, count * width, taps, finite);
     unpack_panel(taps, 0, 1, layout.channel_step, layout.source_step, tap_offset, kTaps, count, plan.channels, panel,
                  grad_weight + first * layout.source_step);
   }
