@@ -25,7 +25,7 @@ namespace {
 // The least channels on either side for which the fewer products pay for the way to the points and back.
 constexpr int64_t kLeastWinogradChannels = 16;
 // The same of the patches, since each call takes the weight there, and of the pixels of a patch that exist.
-constexpr int64_t kLeastWinogradPatches = 12, kLeastPatchPixels = 8;
+constexpr int64_t kLeastWinogradPatches = 4, kLeastPatchPixels = 8;
 // A weight at its points is four times as large as in memory. So many bytes of it exist at a time.
 constexpr int64_t kWeightBytes = 16 << 20;
 // So many patches are few: then a large weight is not kept at its points, which would take longer to write and to read
@@ -121,6 +121,16 @@ void for_channels(const Gather& plan, const Body& body) {
     body(Range{first, std::min(first + kChannelsAtOnce, plan.source_channels)});
 }
 
+// body(group) for all groups, on several threads where that keeps them all at work; else body does that itself.
+template <class Body>
+void for_groups(const Gather& plan, const Body& body) {
+  const auto some = [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) body(group);
+  };
+  if (plan.groups < torch::stable::get_num_threads()) return some(0, plan.groups);
+  parallel_for(plan.groups, count_patches(plan) * plan.source_channels * plan.channels, some);
+}
+
 // A call of forward or input gradient.
 template <class T>
 class WinogradGather {
@@ -143,23 +153,20 @@ class WinogradGather {
         block_count_(plan.axis[0].destination * blocks_.per_depth),
         source_step_(blocks_.largest * plan.source_channels + kLine),
         product_step_(blocks_.largest * at_once_ * panels_.width + kLine),
-        padded_bias_(panels_.count * panels_.width) {}
+        padded_bias_(plan.groups * panels_.count * panels_.width),
+        redo_(plan.groups * panels_.count * plan.axis[0].destination * blocks_.patches.strips) {}
 
   void run() {
-    std::vector<Block> redone;
-    for (int64_t group = 0; group < plan_.groups; ++group) {
-      redo_.assign(panels_.count * plan_.axis[0].destination * blocks_.patches.strips, 0);
-      if (bias_ != nullptr)
-        for (int64_t channel = 0; channel < plan_.channels; ++channel)
-          padded_bias_[channel] = static_cast<A>(bias_[group * plan_.channels + channel]);
-      if (few_) {
-        of_few_patches(group);
-      } else {
-        for (int64_t first = 0; first < panels_.count; first += at_once_)
-          of_panels(group, {first, std::min(first + at_once_, panels_.count)});
-      }
-      find_redone(group, redone);
-    }
+    if (bias_ != nullptr)
+      for (int64_t channel = 0; channel < plan_.groups * plan_.channels; ++channel)
+        padded_bias_[channel / plan_.channels * panels_.count * panels_.width + channel % plan_.channels] =
+            static_cast<A>(bias_[channel]);
+    for_groups(plan_, [&](int64_t group) {
+      if (few_) return of_few_patches(group);
+      for (int64_t first = 0; first < panels_.count; first += at_once_)
+        of_panels(group, {first, std::min(first + at_once_, panels_.count)});
+    });
+    const std::vector<Block> redone = not_finite();
     if (!redone.empty()) dense_gather_blocks(plan_, layout_, source_, weight_, bias_, destination_, redone);
   }
 
@@ -199,9 +206,11 @@ class WinogradGather {
     MANUAL_OPS_FOR_ISA(
         winograd_outputs(plan_, blocks_.patches, strips(block), depth,
                          AtPoints<const A>{products, some.size() * panels_.width, product_step_},
-                         std::min(plan_.channels, some.end * panels_.width) - channel, padded_bias_.data() + channel,
+                         std::min(plan_.channels, some.end * panels_.width) - channel,
+                         padded_bias_.data() + group * panels_.count * panels_.width + channel,
                          destination_ + (group * plan_.channels + channel) * plan_.destination.channel, pixels,
-                         redo_.data() + (some.begin * plan_.axis[0].destination + depth) * blocks_.patches.strips));
+                         redo_.data() + ((group * panels_.count + some.begin) * plan_.axis[0].destination + depth) *
+                                            blocks_.patches.strips));
   }
 
   // All patches at their points in memory, the weight only as long as it is multiplied.
@@ -297,19 +306,24 @@ class WinogradGather {
   }
 
   // The strips with an output that is not finite.
-  void find_redone(int64_t group, std::vector<Block>& redone) const {
-    const int64_t strip_count = plan_.axis[0].destination * blocks_.patches.strips;
-    for (int64_t strip = 0; strip < strip_count; ++strip) {
-      bool found = false;
-      for (int64_t panel = 0; panel < panels_.count; ++panel) found = found || redo_[panel * strip_count + strip];
-      if (!found) continue;
-      const int64_t depth = strip / blocks_.patches.strips, first = strip % blocks_.patches.strips;
-      const Patches::Stack stack = blocks_.patches.stack_at({first, first + 1});
-      redone.push_back(
-          {stack.image, group, depth,
-           clipped({stack.rows.begin * kPatch, stack.rows.end * kPatch}, plan_.axis[1].destination),
-           clipped({stack.columns.begin * kPatch, stack.columns.end * kPatch}, plan_.axis[2].destination)});
-    }
+  std::vector<Block> not_finite() const {
+    std::vector<Block> blocks;
+    const Patches& patches = blocks_.patches;
+    const int64_t strip_count = plan_.axis[0].destination * patches.strips;
+    for (int64_t group = 0; group < plan_.groups; ++group)
+      for (int64_t strip = 0; strip < strip_count; ++strip) {
+        bool found = false;
+        for (int64_t panel = 0; panel < panels_.count; ++panel)
+          found = found || redo_[(group * panels_.count + panel) * strip_count + strip];
+        if (!found) continue;
+        const int64_t first = strip % patches.strips;
+        const Patches::Stack stack = patches.stack_at({first, first + 1});
+        blocks.push_back(
+            {stack.image, group, strip / patches.strips,
+             clipped({stack.rows.begin * kPatch, stack.rows.end * kPatch}, plan_.axis[1].destination),
+             clipped({stack.columns.begin * kPatch, stack.columns.end * kPatch}, plan_.axis[2].destination)});
+      }
+    return blocks;
   }
 
   const Gather& plan_;
@@ -322,8 +336,8 @@ class WinogradGather {
   const int64_t at_once_;  // panels whose outputs are made together
   const PatchBlocks blocks_;
   const int64_t block_count_, source_step_, product_step_;
-  std::vector<A> padded_bias_;  // of a group
-  std::vector<uint8_t> redo_;   // [panel][depth][strip] of a group
+  std::vector<A> padded_bias_;
+  std::vector<uint8_t> redo_;  // [group][panel][depth][strip]
 };
 
 // A call of the weight gradient; the plan is forward's.
@@ -350,16 +364,16 @@ class WinogradWeightGrad {
 
   // Whether all values are finite.
   bool run() const {
-    bool finite = true;
-    for (int64_t group = 0; group < plan_.groups && finite; ++group) {
+    std::vector<uint8_t> finite(plan_.groups, 1);
+    for_groups(plan_, [&](int64_t group) {
       if (few_) {
-        finite = of_few_patches(group);
-        continue;
+        finite[group] = of_few_patches(group);
+        return;
       }
-      for (int64_t first = 0; first < panels_.count && finite; first += at_once_)
-        finite = of_panels(group, {first, std::min(first + at_once_, panels_.count)});
-    }
-    return finite;
+      for (int64_t first = 0; first < panels_.count && finite[group]; first += at_once_)
+        finite[group] = of_panels(group, {first, std::min(first + at_once_, panels_.count)});
+    });
+    return std::find(finite.begin(), finite.end(), 0) == finite.end();
   }
 
  private:
