@@ -14,7 +14,7 @@ void gather(const GatherPlan& plan, const WeightLayout& layout, bool channels_la
   if (depthwise_serves<T>(plan, channels_last))
     depthwise_gather<T>(plan, layout, channels_last, data<T>(source), data<T>(weight), bias_data,
                         mutable_data<T>(destination));
-  else if (fast && winograd_serves(plan))
+  else if (fast && winograd_serves<T>(plan, false))
     winograd_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data, mutable_data<T>(destination));
   else if (planar_serves(plan))
     planar_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data, mutable_data<T>(destination));
@@ -75,7 +75,7 @@ Tensor conv_weight_grad(const Tensor& grad_output, const Tensor& input, const Si
     if (depthwise_serves<T>(plan, c.channels_last))
       depthwise_weight_grad<T>(plan, layout, c.channels_last, data<T>(c.input), data<T>(c.output),
                                mutable_data<T>(c.weight));
-    else if (fast && winograd_serves(plan))
+    else if (fast && winograd_serves<T>(plan, true))
       winograd_weight_grad<T>(plan, layout, data<T>(c.input), data<T>(c.output), mutable_data<T>(c.weight));
     else if (planar_serves_weight_grad(plan))
       planar_weight_grad<T>(plan, layout, data<T>(c.input), data<T>(c.output), mutable_data<T>(c.weight));

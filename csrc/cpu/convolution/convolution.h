@@ -53,7 +53,8 @@ void planar_weight_grad(const Gather& plan, const WeightLayout& layout, const T*
                         T* grad_weight);
 
 // Windows of 3 x 3 taps at stride 1, with enough channels, by F(4x4, 3x3): winograd_kernels.h.
-bool winograd_serves(const Gather& plan);
+template <class T>
+bool winograd_serves(const Gather& plan, bool weight_grad);
 template <class T>
 void winograd_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                      T* destination);

@@ -26,6 +26,8 @@ namespace {
 constexpr int64_t kLeastWinogradChannels = 16;
 // The same of the patches, since each call takes the weight there, and of the pixels of a patch that exist.
 constexpr int64_t kLeastWinogradPatches = 4, kLeastPatchPixels = 8;
+// Where a direct convolution multiplies pairs of bfloat16, twice as many values at a time, it takes more.
+constexpr int64_t kLeastOverPairs = 12, kLeastPixelsOverPairs = 13;
 // A weight at its points is four times as large as in memory. So many bytes of it exist at a time.
 constexpr int64_t kWeightBytes = 16 << 20;
 // So many patches are few: then a large weight is not kept at its points, which would take longer to write and to read
@@ -511,7 +513,8 @@ class WinogradWeightGrad {
 
 }  // namespace
 
-bool winograd_serves(const Gather& plan) {
+template <class T>
+bool winograd_serves(const Gather& plan, bool weight_grad) {
   for (int i = 1; i < kAxes; ++i) {
     const GatherAxis& axis = plan.axis[i];
     // As many destinations as windows inside a source padded by at most 2: every strip of patches meets the source.
@@ -522,8 +525,13 @@ bool winograd_serves(const Gather& plan) {
   }
   const int64_t patches = count_patches(plan);
   const int64_t pixels = plan.batch * plan.axis[0].destination * plan.axis[1].destination * plan.axis[2].destination;
-  return plan.source_channels >= kLeastWinogradChannels && plan.channels >= kLeastWinogradChannels &&
-         patches >= kLeastWinogradPatches && pixels >= kLeastPatchPixels * patches;
+  if (plan.source_channels < kLeastWinogradChannels || plan.channels < kLeastWinogradChannels) return false;
+  if (std::is_same_v<T, BFloat16> && multiplies_bfloat16() && plan.source_channels % 2 == 0) {
+    // Of few patches the weight need not be read at its points; the pairs of a weight gradient are made first.
+    const bool sparse = pixels < kLeastPixelsOverPairs * patches;
+    if (patches < kLeastOverPairs || (sparse && patches > kFewPatches && !weight_grad)) return false;
+  }
+  return patches >= kLeastWinogradPatches && pixels >= kLeastPatchPixels * patches;
 }
 
 template <class T>
@@ -540,6 +548,7 @@ void winograd_weight_grad(const Gather& plan, const WeightLayout& layout, const 
 }
 
 #define INSTANTIATE(T)                                                                                    \
+  template bool winograd_serves<T>(const Gather&, bool);                                                  \
   template void winograd_gather<T>(const Gather&, const WeightLayout&, const T*, const T*, const T*, T*); \
   template void winograd_weight_grad<T>(const Gather&, const WeightLayout&, const T*, const T*, T*);
 INSTANTIATE(double)
