@@ -14,7 +14,8 @@ from manual_ops import functional as F
 from manual_ops import modes
 from manual_ops.ops.convolution import conv_forward, conv_input_grad, conv_weight_grad
 
-# (input, weight): whole patches, patches that end outside, tails of channels, a volume, many images, few.
+# (input, weight): whole patches, patches that end outside, tails of channels, a volume, many images, few; few patches
+# under a large weight, and of one plane that meets one of the window's three.
 SHAPES = [
     ((4, 64, 24, 24), (64, 64, 3, 3)),
     ((3, 19, 23, 30), (37, 19, 3, 3)),
@@ -22,6 +23,8 @@ SHAPES = [
     ((2, 512, 14, 14), (512, 512, 3, 3)),
     ((1, 16, 9, 700), (16, 16, 3, 3)),
     ((2, 17, 5, 12, 11), (20, 17, 3, 3, 3)),
+    ((1, 70, 9, 10), (100, 70, 3, 3)),
+    ((2, 40, 1, 12, 11), (120, 40, 3, 3, 3)),
 ]
 IDS = ["x".join(map(str, shape)) for shape, _ in SHAPES]
 
@@ -95,10 +98,12 @@ def test_padding_groups_and_dtypes(dtype, groups, padding):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38], ids=str)
 @pytest.mark.parametrize("where", ["input", "weight", "grad_output"])
-def test_what_is_not_finite_spreads_no_further_than_directly(where, value, layout):
+@pytest.mark.parametrize("channels", [(16, 16), (64, 96)], ids=["many patches", "few under a large weight"])
+def test_what_is_not_finite_spreads_no_further_than_directly(channels, where, value, layout):
     """3e38 times the numbers at the points is infinite on the way, and the result is not."""
-    input, weight = _operands((4, 16, 13, 18), (16, 16, 3, 3), layout)
-    cotangent = torch.randn(4, 16, 13, 18)
+    sources, outputs = channels
+    input, weight = _operands((4, sources, 13, 18), (outputs, sources, 3, 3), layout)
+    cotangent = torch.randn(4, outputs, 13, 18)
     if value == 3e38:
         input, weight, cotangent = input.sign(), weight.sign(), cotangent.sign()
         spot = {"input": input, "weight": weight, "grad_output": cotangent}[where]
@@ -115,16 +120,23 @@ def test_what_is_not_finite_spreads_no_further_than_directly(where, value, layou
         assert (found[finite] - strict[name][finite]).abs().max() <= 4e-6 * scale, name
 
 
-def test_the_same_bits_with_any_number_of_threads():
+@pytest.mark.parametrize("precision", ["fast", "strict"])
+def test_the_same_bits_with_any_number_of_threads(precision):
     before = torch.get_num_threads()
+    grouped = (2, 64, 14, 14), (64, 16, 3, 3)
+    pixels = (2, 16, 5, 6), (40, 16, 3, 3)
+    cases = zip((*SHAPES, grouped, pixels), ("contiguous", "channels_last") * 5, strict=True)
     try:
-        for (input, weight), layout in zip(SHAPES, ("contiguous", "channels_last") * 3, strict=True):
+        for (input, weight), layout in cases:
             operands = _operands(input, weight, layout)
-            torch.set_num_threads(1)
-            alone = _passes(*operands, fast=True)
-            for threads in (2, 3):
+
+            def passes(threads, operands=operands, groups=input[1] // weight[1]):
                 torch.set_num_threads(threads)
-                together = _passes(*operands, fast=True)
+                return _passes(*operands, fast=precision == "fast", groups=groups)
+
+            alone = passes(1)
+            for threads in (2, 3):
+                together = passes(threads)
                 assert all(torch.equal(alone[name], together[name]) for name in alone)
     finally:
         torch.set_num_threads(before)

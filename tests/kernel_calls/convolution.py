@@ -57,6 +57,9 @@ CALLS = [
     # Large tiles, with rows and columns left over.
     *_calls((1, 120, 15, 17), (60, 120, 1, 1)),
     *_calls((1, 120, 15, 17), (60, 120, 1, 1), layout="channels_last"),
+    # Windows of more taps than are packed at a time; few pixels under a large weight.
+    *_calls((1, 3, 16, 14), (34, 3, 13, 12), padding=6),
+    *_calls((2, 20, 4, 3, 5), (70, 20, 3, 2, 3), padding=1, stride=(2, 1, 2)),
     # Many terms: they are split, and summed in runs.
     *_calls((1, 100, 4, 5), (33, 100, 3, 3), padding=1),
     *_calls((2, 4, 25, 40), (8, 4, 1, 1)),
@@ -93,6 +96,8 @@ CALLS = [
     *_calls((3, 32, 12, 15), (32, 16, 3, 3), groups=2, layout="channels_last", bias=False, fast=True),
     *_calls((25, 16, 4, 4), (16, 16, 3, 3), padding=1, fast=True),
     *_calls((2, 16, 6, 10, 11), (16, 16, 3, 3, 3), stride=(2, 1, 1), padding=(1, 2, 2), fast=True),
+    *_calls((1, 160, 8, 11), (144, 80, 3, 3), groups=2, padding=1, fast=True),
+    *_calls((2, 80, 7, 5), (72, 80, 3, 3), padding=1, weight_layout="channels_last", fast=True),
     # An infinity that only the window's last column meets.
     Call("conv_weight_grad", (Given(torch.ones(1, 4, 3, 3)), Given(INFINITE), [3, 3], [1, 1], [1, 0], [1, 1], 2)),
     Call("conv_forward", (Random((0, 3, 5, 4)), Random((2, 3, 3, 3)), None, [3, 2], [1, 1], [0, 0], [1, 1], 1)),
