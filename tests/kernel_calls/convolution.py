@@ -57,6 +57,12 @@ CALLS = [
     # Large tiles, with rows and columns left over.
     *_calls((1, 120, 15, 17), (60, 120, 1, 1)),
     *_calls((1, 120, 15, 17), (60, 120, 1, 1), layout="channels_last"),
+    # Windows of one tap over planes: tiles of rows, pixels that fill no vector, groups, a line and a volume.
+    *_calls((2, 20, 8, 8), (30, 20, 1, 1)),
+    *_calls((1, 140, 14, 14), (17, 140, 1, 1)),
+    *_calls((2, 22, 14, 14), (36, 11, 1, 1), groups=2, bias=False),
+    *_calls((3, 9, 96), (10, 9, 1)),
+    *_calls((1, 12, 3, 5, 6), (9, 12, 1, 1, 1), bias=False),
     # Windows of more taps than are packed at a time; few pixels under a large weight.
     *_calls((1, 3, 16, 14), (34, 3, 13, 12), padding=6),
     *_calls((2, 20, 4, 3, 5), (70, 20, 3, 2, 3), padding=1, stride=(2, 1, 2)),

@@ -11,6 +11,11 @@ template <class T>
 void gather(const GatherPlan& plan, const WeightLayout& layout, bool channels_last, bool fast, const Tensor& source,
             const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& destination) {
   const T* bias_data = bias ? data<T>(*bias) : nullptr;
+  if constexpr (std::is_same_v<T, accumulate_t<T>>) {
+    if (pointwise_serves(plan))
+      return pointwise_gather<T>(plan, layout, data<T>(source), data<T>(weight), bias_data,
+                                 mutable_data<T>(destination));
+  }
   if (depthwise_serves<T>(plan, channels_last))
     depthwise_gather<T>(plan, layout, channels_last, data<T>(source), data<T>(weight), bias_data,
                         mutable_data<T>(destination));

@@ -52,7 +52,14 @@ template <class T>
 void planar_weight_grad(const Gather& plan, const WeightLayout& layout, const T* input, const T* grad_output,
                         T* grad_weight);
 
-// Windows of 3 x 3 taps at stride 1, with enough channels, by F(4x4, 3x3): winograd_kernels.h.
+// Windows of one tap over contiguous planes, in float32 and float64: pointwise_kernels.h.
+bool pointwise_serves(const Gather& plan);
+template <class T>
+void pointwise_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
+                      T* destination);
+
+// Windows of 3 x 3 taps at stride 1, with enough channels, by F(4x4, 3x3): winograd_kernels.h. Whether it serves a
+// gather, or a weight gradient.
 template <class T>
 bool winograd_serves(const Gather& plan, bool weight_grad);
 template <class T>

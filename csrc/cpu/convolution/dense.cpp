@@ -1,9 +1,10 @@
 // Convolution by register-blocked tiles, for any shape.
 //
-// Scratch memory: the weight once more, in the accumulation type and with its channels filled up to whole vectors; and
-// in each thread what a block copies and sums, which choose_blocking() keeps below 192 KB where its least columns and
-// channels allow it. A weight gradient takes its sums, of one weight or at most kPartBytes, and in each thread the
-// copies of one block or at most kBatchBytes.
+// Scratch memory: the weight once more, in the accumulation type and with its channels filled up to whole vectors, or,
+// of few pixels, one panel of it in each thread; and in each thread what a block copies and sums, which
+// choose_blocking() keeps below 192 KB where its least columns and channels allow it. A weight gradient takes its sums,
+// of one weight or at most kPartBytes, those of one part in the threads that make them, and in each thread the copies
+// of one block or at most kBatchBytes.
 #include <utility>
 
 #include "cpu/caches.h"

@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t kLeastWinogradChannels = 16;
 // The same of the patches, since each call takes the weight there, and of the pixels of a patch that exist.
 constexpr int64_t kLeastWinogradPatches = 4, kLeastPatchPixels = 8;
-// Where a direct convolution multiplies pairs of bfloat16, twice as many values at a time, it takes more.
+// The same where a direct convolution would multiply pairs of bfloat16, twice as many values at a time.
 constexpr int64_t kLeastOverPairs = 12, kLeastPixelsOverPairs = 13;
 // A weight at its points is four times as large as in memory. So many bytes of it exist at a time.
 constexpr int64_t kWeightBytes = 16 << 20;
@@ -527,9 +527,10 @@ bool winograd_serves(const Gather& plan, bool weight_grad) {
   const int64_t pixels = plan.batch * plan.axis[0].destination * plan.axis[1].destination * plan.axis[2].destination;
   if (plan.source_channels < kLeastWinogradChannels || plan.channels < kLeastWinogradChannels) return false;
   if (std::is_same_v<T, BFloat16> && multiplies_bfloat16() && plan.source_channels % 2 == 0) {
-    // Of few patches the weight need not be read at its points; the pairs of a weight gradient are made first.
-    const bool sparse = pixels < kLeastPixelsOverPairs * patches;
-    if (patches < kLeastOverPairs || (sparse && patches > kFewPatches && !weight_grad)) return false;
+    // Ahead of pairs are weight gradients, whose pairs would have to be made first; patches that are nearly full; and
+    // few, under a weight that stays in the cache.
+    const bool full = pixels >= kLeastPixelsOverPairs * patches, few = patches <= kFewPatches;
+    if (patches < kLeastOverPairs || !(weight_grad || full || few)) return false;
   }
   return patches >= kLeastWinogradPatches && pixels >= kLeastPatchPixels * patches;
 }
