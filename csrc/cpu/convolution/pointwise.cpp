@@ -39,8 +39,8 @@ template <class T>
 void pointwise_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                       T* destination) {
   const int64_t pixels = plan.source.channel;
-  int64_t tile_rows, packed_rows, panel_pixels;
-  MANUAL_OPS_FOR_ISA(pointwise_sizes<T>(tile_rows, packed_rows, panel_pixels));
+  int64_t tile_rows, packed_rows, panel_pixels, panel_values;
+  MANUAL_OPS_FOR_ISA(pointwise_sizes<T>(plan, tile_rows, packed_rows, panel_pixels, panel_values));
   const int64_t tiles = ceil_div(plan.channels, tile_rows), tile_values = plan.source_channels * packed_rows;
   const Scratch<T> packed(plan.groups * tiles * tile_values);
   parallel_for(plan.groups * tiles, tile_values, [&](int64_t begin, int64_t end) {
@@ -52,7 +52,7 @@ void pointwise_gather(const Gather& plan, const WeightLayout& layout, const T* s
     }
   });
 
-  const int64_t panel_values = plan.source_channels * panel_pixels, panels = ceil_div(pixels, panel_pixels);
+  const int64_t panels = ceil_div(pixels, panel_pixels);
   int64_t together = std::max<int64_t>(1, kStripBytes / (panel_values * static_cast<int64_t>(sizeof(T))));
   const auto strips = [&] { return ceil_div(panels, together); };
   while (together > 1 && plan.batch * plan.groups * strips() < kLeastStrips) together = ceil_div(together, 2);

@@ -8,11 +8,19 @@
 // From one source channel of a packed tile of the weight to the next.
 constexpr int64_t kPackedRows = kMaxTileRows > 8 ? 16 : 8;
 
+// From one panel of pixels to the next: not a power of two, of which few would fit into a cache.
 template <class A>
-void pointwise_sizes(int64_t& tile_rows, int64_t& packed_rows, int64_t& panel_pixels) {
+int64_t panel_step(const Gather& plan) {
+  return (plan.source_channels * 2 + 1) * kLanes<A>;
+}
+
+template <class A>
+void pointwise_sizes(const Gather& plan, int64_t& tile_rows, int64_t& packed_rows, int64_t& panel_pixels,
+                     int64_t& panel_values) {
   tile_rows = kMaxTileRows;
   packed_rows = kPackedRows;
   panel_pixels = 2 * kLanes<A>;
+  panel_values = panel_step<A>(plan);
 }
 
 // Some rows of the weight as [source channel][kPackedRows].
@@ -30,8 +38,8 @@ void pack_pointwise(const Gather& plan, const WeightLayout& layout, const A* wei
 template <class A>
 void pointwise_strip(const Gather& plan, const A* source, const A* weight, const A* bias, A* destination, Range pixels,
                      bool past_caches, A* panels) {
-  constexpr int64_t kWide = 2 * kLanes<A>;
-  const int64_t tiles = (plan.channels + kMaxTileRows - 1) / kMaxTileRows, step = plan.source_channels * kWide;
+  constexpr int64_t kWide = 2 * kLanes<A>, kLine = 64 / sizeof(A);
+  const int64_t tiles = (plan.channels + kMaxTileRows - 1) / kMaxTileRows, step = panel_step<A>(plan);
   for (int64_t channel = 0; channel < plan.source_channels; ++channel) {
     const A* from = source + channel * plan.source.channel;
     A* to = panels + channel * kWide;
@@ -48,6 +56,12 @@ void pointwise_strip(const Gather& plan, const A* source, const A* weight, const
     for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += kWide, panel += step) {
       const int64_t columns = pixels.end - pixel < kWide ? pixels.end - pixel : kWide;
       A* sums = destination + rows.begin * plan.destination.channel + pixel;
+      // The next strip's sources, some channels' with each tile.
+      const A* next = source + pixel + pixels.size();
+      for (int64_t channel = plan.source_channels * tile / tiles; channel < plan.source_channels * (tile + 1) / tiles;
+           ++channel)
+        for (int64_t ahead = 0; ahead < columns; ahead += kLine)
+          __builtin_prefetch(next + channel * plan.source.channel + ahead, 0, 2);
       if (bias != nullptr)
         for (int64_t row = rows.begin; row < rows.end; ++row)
           for (int64_t column = 0; column < columns; ++column)
