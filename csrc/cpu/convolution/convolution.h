@@ -28,6 +28,16 @@ constexpr int64_t kPairsAtOnce = 8;
 // Blocks of a weight gradient that are multiplied together.
 constexpr int64_t kMostTogether = 64;
 
+// The bias (or null, for zeros) of the columns of all panels, `columns` for each group.
+template <class T>
+std::vector<accumulate_t<T>> padded_bias(const Gather& plan, const T* bias, int64_t columns) {
+  std::vector<accumulate_t<T>> padded(plan.groups * columns);
+  if (bias != nullptr)
+    for (int64_t channel = 0; channel < plan.groups * plan.channels; ++channel)
+      padded[channel / plan.channels * columns + channel % plan.channels] = static_cast<accumulate_t<T>>(bias[channel]);
+  return padded;
+}
+
 template <class T>
 void dense_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                   T* destination);

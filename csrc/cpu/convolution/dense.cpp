@@ -53,13 +53,8 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
   using A = accumulate_t<T>;
   const Panels panels = Panels::of(plan, A{});
   const std::vector<int64_t> offsets = tap_offsets(plan, layout.window);
-  std::vector<A> padded_bias;
   const int64_t padded = panels.count * panels.width;
-  if (bias != nullptr) {
-    padded_bias.resize(plan.groups * padded);
-    for (int64_t channel = 0; channel < plan.groups * plan.channels; ++channel)
-      padded_bias[channel / plan.channels * padded + channel % plan.channels] = static_cast<A>(bias[channel]);
-  }
+  const std::vector<A> bias_of_panels = padded_bias(plan, bias, padded);
   const bool past_caches =
       goes_past_caches(destination, plan.batch * plan.destination.image * sizeof(T), plan.channels * sizeof(T));
   const bool far_sources = plan.batch * plan.source.image * static_cast<int64_t>(sizeof(T)) >= kCachedBytes;
@@ -71,8 +66,8 @@ void gather_blocks(const Gather& plan, const WeightLayout& layout, const T* sour
   };
   const auto gather = [&](const Block& block, Range some, const E* packed, E* sources, A* sums, Run* runs) {
     MANUAL_OPS_FOR_ISA(gather_block(plan, blocking, block, some, direct, source, packed,
-                                    bias == nullptr ? nullptr : padded_bias.data() + block.group * padded, destination,
-                                    past_caches, far_sources, sources, sums, runs));
+                                    bias == nullptr ? nullptr : bias_of_panels.data() + block.group * padded,
+                                    destination, past_caches, far_sources, sources, sums, runs));
   };
 
   const int64_t copied = count * source_values * ceil_div(plan.source_channels, blocking.source_channels);
@@ -173,15 +168,14 @@ void weight_grad_of(const Gather& plan, const WeightLayout& layout, const T* inp
   // Where the parts alone are too few for the threads, they share the panels too, each packing the input again; where
   // the input is less than one panel, so that the panel stays in the cache, each panel is a share.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t all_copied =
-      blocking.count * copied_values(plan, blocking) * ceil_div(plan.source_channels, blocking.source_channels);
+  const int64_t copied = copied_values(plan, blocking);
+  const int64_t all_copied = blocking.count * copied * ceil_div(plan.source_channels, blocking.source_channels);
   const int64_t shares = parts == 1 && all_copied <= panels.step
                              ? panels.count
                              : std::min(panels.count, ceil_div(threads, parts * plan.groups));
   // A gradient too large for the L2 cache is read and written again for each block: several go together. Only blocks of
   // one width do.
   constexpr bool kPairs = !std::is_same_v<E, A>;
-  const int64_t copied = copied_values(plan, blocking);
   const int64_t gradients = blocking.rows * blocking.columns * panels.count * panels.width;
   const int64_t block_bytes = (copied + gradients) * (kPairs ? 2 * sizeof(E) : sizeof(A));
   const bool together =

@@ -39,31 +39,28 @@ template <class T>
 void pointwise_gather(const Gather& plan, const WeightLayout& layout, const T* source, const T* weight, const T* bias,
                       T* destination) {
   const int64_t pixels = plan.source.channel;
-  int64_t tile_rows, packed_rows, panel_pixels, panel_values;
-  MANUAL_OPS_FOR_ISA(pointwise_sizes<T>(plan, tile_rows, packed_rows, panel_pixels, panel_values));
-  const int64_t tiles = ceil_div(plan.channels, tile_rows), tile_values = plan.source_channels * packed_rows;
+  int64_t tiles, tile_values, panel_pixels, panel_values;
+  MANUAL_OPS_FOR_ISA(pointwise_sizes<T>(plan, tiles, tile_values, panel_pixels, panel_values));
   const Scratch<T> packed(plan.groups * tiles * tile_values);
   parallel_for(plan.groups * tiles, tile_values, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t tile = index % tiles;
-      const Range rows{plan.channels * tile / tiles, plan.channels * (tile + 1) / tiles};
-      MANUAL_OPS_FOR_ISA(pack_pointwise(plan, layout, weight + index / tiles * layout.group, rows,
+    for (int64_t index = begin; index < end; ++index)
+      MANUAL_OPS_FOR_ISA(pack_pointwise(plan, layout, weight + index / tiles * layout.group, index % tiles,
                                         packed.data() + index * tile_values));
-    }
   });
 
   const int64_t panels = ceil_div(pixels, panel_pixels);
   int64_t together = std::max<int64_t>(1, kStripBytes / (panel_values * static_cast<int64_t>(sizeof(T))));
-  const auto strips = [&] { return ceil_div(panels, together); };
-  while (together > 1 && plan.batch * plan.groups * strips() < kLeastStrips) together = ceil_div(together, 2);
+  while (together > 1 && plan.batch * plan.groups * ceil_div(panels, together) < kLeastStrips)
+    together = ceil_div(together, 2);
+  const int64_t strips = ceil_div(panels, together);
   const bool past_caches =
       goes_past_caches(destination, plan.batch * plan.destination.image * sizeof(T), pixels * sizeof(T));
   const int64_t work = together * panel_values * plan.channels / 16;
-  parallel_for(plan.batch * plan.groups * strips(), work, [&](int64_t begin, int64_t end) {
+  parallel_for(plan.batch * plan.groups * strips, work, [&](int64_t begin, int64_t end) {
     const Scratch<T> sources(together * panel_values);
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t strip = index % strips(), group = index / strips() % plan.groups;
-      const int64_t image = index / strips() / plan.groups, first = strip * together * panel_pixels;
+      const int64_t strip = index % strips, group = index / strips % plan.groups;
+      const int64_t image = index / strips / plan.groups, first = strip * together * panel_pixels;
       MANUAL_OPS_FOR_ISA(pointwise_strip(
           plan, source + image * plan.source.image + group * plan.source_channels * pixels,
           packed.data() + group * tiles * tile_values, bias == nullptr ? nullptr : bias + group * plan.channels,

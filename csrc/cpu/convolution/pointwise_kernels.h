@@ -14,18 +14,26 @@ int64_t panel_step(const Gather& plan) {
   return (plan.source_channels * 2 + 1) * kLanes<A>;
 }
 
+inline int64_t count_tiles(const Gather& plan) { return (plan.channels + kMaxTileRows - 1) / kMaxTileRows; }
+
+inline Range rows_of_tile(const Gather& plan, int64_t tile) {
+  const int64_t tiles = count_tiles(plan);
+  return {plan.channels * tile / tiles, plan.channels * (tile + 1) / tiles};
+}
+
 template <class A>
-void pointwise_sizes(const Gather& plan, int64_t& tile_rows, int64_t& packed_rows, int64_t& panel_pixels,
+void pointwise_sizes(const Gather& plan, int64_t& tiles, int64_t& tile_values, int64_t& panel_pixels,
                      int64_t& panel_values) {
-  tile_rows = kMaxTileRows;
-  packed_rows = kPackedRows;
+  tiles = count_tiles(plan);
+  tile_values = plan.source_channels * kPackedRows;
   panel_pixels = 2 * kLanes<A>;
   panel_values = panel_step<A>(plan);
 }
 
-// Some rows of the weight as [source channel][kPackedRows].
+// A tile of the weight's rows as [source channel][kPackedRows].
 template <class A>
-void pack_pointwise(const Gather& plan, const WeightLayout& layout, const A* weight, Range rows, A* packed) {
+void pack_pointwise(const Gather& plan, const WeightLayout& layout, const A* weight, int64_t tile, A* packed) {
+  const Range rows = rows_of_tile(plan, tile);
   weight += rows.begin * layout.channel_step;
   if (layout.channel_step != 1)  // then the source channels are neighbours
     return transpose(weight, layout.channel_step, packed, kPackedRows, rows.size(), plan.source_channels);
@@ -39,7 +47,7 @@ template <class A>
 void pointwise_strip(const Gather& plan, const A* source, const A* weight, const A* bias, A* destination, Range pixels,
                      bool past_caches, A* panels) {
   constexpr int64_t kWide = 2 * kLanes<A>, kLine = 64 / sizeof(A);
-  const int64_t tiles = (plan.channels + kMaxTileRows - 1) / kMaxTileRows, step = panel_step<A>(plan);
+  const int64_t tiles = count_tiles(plan), step = panel_step<A>(plan);
   for (int64_t channel = 0; channel < plan.source_channels; ++channel) {
     const A* from = source + channel * plan.source.channel;
     A* to = panels + channel * kWide;
@@ -51,7 +59,7 @@ void pointwise_strip(const Gather& plan, const A* source, const A* weight, const
   }
   const Run run{0, 0};
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const Range rows{plan.channels * tile / tiles, plan.channels * (tile + 1) / tiles};
+    const Range rows = rows_of_tile(plan, tile);
     const A* panel = panels;
     for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += kWide, panel += step) {
       const int64_t columns = pixels.end - pixel < kWide ? pixels.end - pixel : kWide;

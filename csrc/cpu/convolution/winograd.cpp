@@ -6,7 +6,8 @@
 //
 // Scratch memory: up to kWeightBytes for the weight at its points, and in each thread what a block of patches takes, no
 // more than that or than kLeastPatches patches. Of few patches, up to kWeightBytes for all of them at their points, and
-// in each thread what kChannelsAtOnce channels of a panel of the weight take, and the products of one panel.
+// in each thread what kChannelsAtOnce channels of a panel of the weight take, and the products of one panel. Where
+// threads have groups of their own, each has all this for one of them.
 #include "cpu/convolution/winograd.h"
 
 #include <utility>
@@ -62,8 +63,10 @@ struct PatchBlocks {
     most_strips = ceil_div(patches.strips, per_depth);
     largest = most_strips * patches.widest;
   }
+  int64_t depth(int64_t block) const { return block / per_depth; }
   Range strips(int64_t block) const {
-    return {patches.strips * block / per_depth, patches.strips * (block + 1) / per_depth};
+    const int64_t index = block % per_depth;
+    return {patches.strips * index / per_depth, patches.strips * (index + 1) / per_depth};
   }
   // Pixels of the largest stack, with `around` more on each axis.
   int64_t pixels(int64_t around) const {
@@ -123,6 +126,20 @@ void for_channels(const Gather& plan, const Body& body) {
     body(Range{first, std::min(first + kChannelsAtOnce, plan.source_channels)});
 }
 
+// The sources under some strips of a block to their points, for each tap along the depth that meets a plane. `sources`
+// are those of the whole block, `step` from point to point.
+template <class T>
+void sources_to_points(const Gather& plan, const PatchBlocks& blocks, int64_t block, Range some, const T* group_source,
+                       accumulate_t<T>* sources, int64_t step, accumulate_t<T>* pixels) {
+  using A = accumulate_t<T>;
+  A* to = sources + blocks.patches.count({blocks.strips(block).begin, some.begin}) * plan.source_channels;
+  for (const auto& [tap, plane] : depth_taps(plan.axis[0], blocks.depth(block))) {
+    MANUAL_OPS_FOR_ISA(winograd_sources(plan, blocks.patches, some, plane, group_source,
+                                        AtPoints<A>{to, plan.source_channels, step}, pixels));
+    to += kPoints * step;
+  }
+}
+
 // body(group) for all groups, on several threads where that keeps them all at work; else body does that itself.
 template <class Body>
 void for_groups(const Gather& plan, const Body& body) {
@@ -155,14 +172,10 @@ class WinogradGather {
         block_count_(plan.axis[0].destination * blocks_.per_depth),
         source_step_(blocks_.largest * plan.source_channels + kLine),
         product_step_(blocks_.largest * at_once_ * panels_.width + kLine),
-        padded_bias_(plan.groups * panels_.count * panels_.width),
+        padded_bias_(padded_bias(plan, bias, panels_.count * panels_.width)),
         redo_(plan.groups * panels_.count * plan.axis[0].destination * blocks_.patches.strips) {}
 
   void run() {
-    if (bias_ != nullptr)
-      for (int64_t channel = 0; channel < plan_.groups * plan_.channels; ++channel)
-        padded_bias_[channel / plan_.channels * panels_.count * panels_.width + channel % plan_.channels] =
-            static_cast<A>(bias_[channel]);
     for_groups(plan_, [&](int64_t group) {
       if (few_) return of_few_patches(group);
       for (int64_t first = 0; first < panels_.count; first += at_once_)
@@ -187,26 +200,19 @@ class WinogradGather {
   int64_t pixel_values() const {
     return std::max(blocks_.pixels(2) * plan_.source_channels, blocks_.pixels(0) * at_once_ * panels_.width);
   }
-  Range strips(int64_t block) const { return blocks_.strips(block % blocks_.per_depth); }
-  auto taps(int64_t block) const { return depth_taps(plan_.axis[0], block / blocks_.per_depth); }
+  auto taps(int64_t block) const { return depth_taps(plan_.axis[0], blocks_.depth(block)); }
 
-  // The patches of some strips of a block to their points.
-  void sources_to_points(int64_t group, int64_t block, Range some, A* sources, A* pixels) const {
-    const int64_t before = blocks_.patches.count({strips(block).begin, some.begin});
-    A* to = sources + before * plan_.source_channels;
-    for (const auto& [tap, plane] : taps(block)) {
-      MANUAL_OPS_FOR_ISA(winograd_sources(plan_, blocks_.patches, some, plane,
-                                          source_ + group * plan_.source_channels * plan_.source.channel,
-                                          AtPoints<A>{to, plan_.source_channels, source_step_}, pixels));
-      to += kPoints * source_step_;
-    }
+  // The patches of some strips of a block.
+  void to_points(int64_t group, int64_t block, Range some, A* sources, A* pixels) const {
+    sources_to_points(plan_, blocks_, block, some, source_ + group * plan_.source_channels * plan_.source.channel,
+                      sources, source_step_, pixels);
   }
 
   // A block's outputs, of some panels, from their points.
   void points_to_outputs(int64_t group, int64_t block, Range some, const A* products, A* pixels) {
-    const int64_t depth = block / blocks_.per_depth, channel = some.begin * panels_.width;
+    const int64_t depth = blocks_.depth(block), channel = some.begin * panels_.width;
     MANUAL_OPS_FOR_ISA(
-        winograd_outputs(plan_, blocks_.patches, strips(block), depth,
+        winograd_outputs(plan_, blocks_.patches, blocks_.strips(block), depth,
                          AtPoints<const A>{products, some.size() * panels_.width, product_step_},
                          std::min(plan_.channels, some.end * panels_.width) - channel,
                          padded_bias_.data() + group * panels_.count * panels_.width + channel,
@@ -219,11 +225,11 @@ class WinogradGather {
   void of_few_patches(int64_t group) {
     constexpr int64_t kBlock = 0;
     const Scratch<A> sources(source_values());
-    const int64_t patches = blocks_.largest, strip_count = strips(kBlock).size();
+    const int64_t patches = blocks_.largest, strip_count = blocks_.strips(kBlock).size();
     const int64_t strip_work = 16 * kPoints * patches / strip_count * plan_.source_channels;
     parallel_for(strip_count, strip_work, [&](int64_t begin, int64_t end) {
       const Scratch<A> pixels(pixel_values());
-      sources_to_points(group, kBlock, {begin, end}, sources.data(), pixels.data());
+      to_points(group, kBlock, {begin, end}, sources.data(), pixels.data());
     });
     const auto met = taps(kBlock);
     const int64_t step = part_of_panel(panels_);
@@ -258,8 +264,8 @@ class WinogradGather {
     for (const auto& [tap, plane] : taps(block))
       runs.push_back({static_cast<int64_t>(runs.size()) * kPoints * source_step_, tap * kPoints * panels_.step});
     MANUAL_OPS_FOR_ISA(winograd_products(plan_, AtPoints<const A>{sources, plan_.source_channels, source_step_},
-                                         {0, plan_.source_channels}, blocks_.patches.count(strips(block)), runs.data(),
-                                         static_cast<int64_t>(runs.size()),
+                                         {0, plan_.source_channels}, blocks_.patches.count(blocks_.strips(block)),
+                                         runs.data(), static_cast<int64_t>(runs.size()),
                                          points + (some.begin - first) * panels_.values, panels_.step, some,
                                          AtPoints<A>{products, some.size() * panels_.width, product_step_}, false));
     points_to_outputs(group, block, some, products, pixels);
@@ -285,7 +291,7 @@ class WinogradGather {
       parallel_for(block_count_, block_work, [&](int64_t begin, int64_t end) {
         const Scratch<A> sources(source_values()), products(product_values()), pixels(pixel_values());
         for (int64_t block = begin; block < end; ++block) {
-          sources_to_points(group, block, strips(block), sources.data(), pixels.data());
+          to_points(group, block, blocks_.strips(block), sources.data(), pixels.data());
           multiply(group, block, points.data(), some.begin, some, sources.data(), products.data(), pixels.data());
         }
       });
@@ -293,10 +299,10 @@ class WinogradGather {
     }
     const Scratch<A> sources(source_values());
     for (int64_t block = 0; block < block_count_; ++block) {
-      const Range all = strips(block);
+      const Range all = blocks_.strips(block);
       parallel_for(all.size(), block_work / some.size() / all.size(), [&](int64_t begin, int64_t end) {
         const Scratch<A> pixels(pixel_values());
-        sources_to_points(group, block, {all.begin + begin, all.begin + end}, sources.data(), pixels.data());
+        to_points(group, block, {all.begin + begin, all.begin + end}, sources.data(), pixels.data());
       });
       parallel_for(shares, block_work / shares, [&](int64_t begin, int64_t end) {
         const Scratch<A> products(product_values()), pixels(pixel_values());
@@ -338,7 +344,7 @@ class WinogradGather {
   const int64_t at_once_;  // panels whose outputs are made together
   const PatchBlocks blocks_;
   const int64_t block_count_, source_step_, product_step_;
-  std::vector<A> padded_bias_;
+  const std::vector<A> padded_bias_;
   std::vector<uint8_t> redo_;  // [group][panel][depth][strip]
 };
 
@@ -388,28 +394,21 @@ class WinogradWeightGrad {
   }
   int64_t source_values() const { return plan_.axis[0].taps * kPoints * source_step_; }
   int64_t grad_values() const { return kPoints * grad_step_; }
-  Range strips(int64_t block) const { return blocks_.strips(block % blocks_.per_depth); }
 
   // A block's sources, and its gradients of some panels, to their points.
   void to_points(int64_t group, int64_t block, Range some, A* sources, A* grads) const {
-    const int64_t depth = block / blocks_.per_depth, channel = some.begin * panels_.width;
-    const Range all = strips(block);
+    const int64_t depth = blocks_.depth(block), channel = some.begin * panels_.width;
+    const Range all = blocks_.strips(block);
     const int64_t channels = std::min(plan_.channels, some.end * panels_.width) - channel;
     const T* input = input_ + group * plan_.source_channels * plan_.source.channel;
     const T* grad = grad_output_ + (group * plan_.channels + channel) * plan_.destination.channel;
-    const auto taps = depth_taps(plan_.axis[0], depth);
     const int64_t strip_work =
         16 * kPoints * blocks_.patches.count(all) / all.size() * (plan_.source_channels + channels);
     parallel_for(all.size(), strip_work, [&](int64_t begin, int64_t end) {
       const Scratch<A> pixels(std::max(blocks_.pixels(2) * plan_.source_channels, blocks_.pixels(0) * pitch_));
       const Range own{all.begin + begin, all.begin + end};
+      sources_to_points(plan_, blocks_, block, own, input, sources, source_step_, pixels.data());
       const int64_t before = blocks_.patches.count({all.begin, own.begin});
-      A* to = sources + before * plan_.source_channels;
-      for (const auto& [tap, plane] : taps) {
-        MANUAL_OPS_FOR_ISA(winograd_sources(plan_, blocks_.patches, own, plane, input,
-                                            AtPoints<A>{to, plan_.source_channels, source_step_}, pixels.data()));
-        to += kPoints * source_step_;
-      }
       MANUAL_OPS_FOR_ISA(winograd_grads(plan_, blocks_.patches, own, depth, grad, channels,
                                         AtPoints<A>{grads + before * pitch_, pitch_, grad_step_}, pixels.data()));
     });
@@ -464,8 +463,8 @@ class WinogradWeightGrad {
     // Both loops over what a block has run on several threads where there is only one part.
     const auto add_block = [&](int64_t block, A* sources, A* grads, A* part) {
       to_points(group, block, some, sources, grads);
-      const int64_t patches = blocks_.patches.count(strips(block));
-      const auto taps = depth_taps(plan_.axis[0], block / blocks_.per_depth);
+      const int64_t patches = blocks_.patches.count(blocks_.strips(block));
+      const auto taps = depth_taps(plan_.axis[0], blocks_.depth(block));
       const int64_t tap_count = static_cast<int64_t>(taps.size());
       parallel_for(tap_count * count * kPoints, patches * panels_.step / 16, [&](int64_t begin, int64_t end) {
         for (int64_t index = begin; index < end; ++index) {

@@ -305,8 +305,8 @@ void winograd_outputs(const Gather& plan, const Patches& patches, Range strips, 
   }
 }
 
-// products = sources * weight at every point, of some channels of the source and of the panels from first_panel up to
-// last_panel. `weight` is [panel][tap of the depth][point][channel][column], of these channels; the products have the
+// products = sources * weight at every point, or products += that, of some channels of the source and some panels.
+// `weight` is [panel][tap of the depth][point][channel][column], of these channels; the products have the
 // columns of these panels.
 template <class A>
 void winograd_products(const Gather& plan, const AtPoints<const A>& sources, Range channels, int64_t patches,
